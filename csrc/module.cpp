@@ -156,7 +156,8 @@ py::dict conv_algorithms() {
   return result;
 }
 
-// The table of a network's layers: of each its name, its inputs, and its attributes with their kinds and defaults.
+// The table of a network's layers: of each its name, its inputs, its attributes with their kinds and defaults, and
+// whether a network has the layer in inference.
 py::list network_layers() {
   py::list result;
   for (const fastnn::LayerEntry& entry : fastnn::layer_entries()) {
@@ -164,7 +165,7 @@ py::list network_layers() {
     for (const fastnn::AttributeEntry& attribute : entry.attributes) {
       if (attribute.name) attributes.append(py::make_tuple(attribute.name, attribute.kind, attribute.value));
     }
-    result.append(py::make_tuple(entry.name, entry.inputs, attributes));
+    result.append(py::make_tuple(entry.name, entry.inputs, attributes, entry.make_float != nullptr));
   }
   return result;
 }
@@ -254,8 +255,10 @@ PYBIND11_MODULE(_C, m) {
       "conv_forward_cost", conv_forward_cost, py::arg("input"), py::arg("weight"), py::arg("geometry"),
       "What the planner expects a call of conv_relu_max_pool to cost by its own kernels, in multiply-adds of vectors, "
       "for contiguous float32 tensors of these sizes on one thread.");
-  m.def("network_layers", network_layers,
-        "The table of a network's layers: names, inputs, and attributes with their kinds and defaults.");
+  m.def(
+      "network_layers", network_layers,
+      "The table of a network's layers: names, inputs, attributes with their kinds and defaults, and whether inference "
+      "has them.");
   m.attr("network_heading") = fastnn::kHeading;
   m.attr("most_places") = fastnn::kMostPlaces;
   m.attr("most_layers") = fastnn::kMostLayers;

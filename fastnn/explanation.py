@@ -32,9 +32,10 @@ class Explanation:
 
     rows: tuple[ExplainedCall, ...]
     is_fused: bool = True  # False: it describes what `fastnn.fuse` would do
-    # Of each stretch of layers that is one function of autograd where gradients are recorded, the layers' names in
-    # networks.
+    # The layers' names in networks, of each stretch of layers that is one function of autograd where gradients are
+    # recorded, and of each that is one call where they are not.
     stretches: tuple[tuple[str, ...], ...] = ()
+    inferred: tuple[tuple[str, ...], ...] = ()
 
     @property
     def calls(self) -> tuple[ExplainedCall, ...]:
@@ -48,8 +49,9 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The rows as lists, dictionaries, strings and bools."""
-        stretches = [list(stretch) for stretch in self.stretches]
-        return {"is_fused": self.is_fused, "rows": [asdict(row) for row in self.rows], "stretches": stretches}
+        stretches, inferred = (list(map(list, some)) for some in (self.stretches, self.inferred))
+        rows = [asdict(row) for row in self.rows]
+        return {"is_fused": self.is_fused, "rows": rows, "stretches": stretches, "inferred": inferred}
 
     def __str__(self) -> str:
         if not self.rows:
@@ -64,6 +66,8 @@ class Explanation:
         lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         for stretch in self.stretches:
             lines.append(f"Where gradients are recorded, one function: {', '.join(stretch)}")
+        for stretch in self.inferred:
+            lines.append(f"Where they are not, one call: {', '.join(stretch)}")
         if not self.is_fused:
             lines.append("The model is not fused yet: this is what fastnn.fuse would do.")
         return "\n".join(lines)
@@ -72,7 +76,8 @@ class Explanation:
 def explain(model: nn.Module, *inputs: Any) -> Explanation:
     """Run ``model(*inputs)`` once, without gradients, and account for every convolution, pool, linear layer, activation
     and recurrent layer: the operator that runs it and by which algorithm, or why it stays torch's. Below stand the
-    stretches of layers that are one function where gradients are recorded. Several inputs may come in one tuple, too.
+    stretches of layers that are one function where gradients are recorded, and one call where they are not. Several
+    inputs may come in one tuple, too.
 
     Without inputs nothing is run, and the algorithms, which follow from sizes, are left out. A stock model is
     reported as :func:`fastnn.fuse` would make it. The model itself is not changed. The algorithms of
@@ -89,9 +94,9 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         inputs = tuple(inputs[0])  # as fuse and freeze take them
     is_fused = _is_fused(model)
     model = copied(model) if is_fused else fuse(copied(model))
-    stretches = tuple(stretches_of(model))
+    stretches, inferred = (tuple(stretches_of(model, trains)) for trains in (True, False))
     if not inputs:
-        return Explanation(tuple(account_for(model)), is_fused, stretches)
+        return Explanation(tuple(account_for(model)), is_fused, stretches, inferred)
     recorder = _Recorder()
     hooks = []
     in_traces = {layer for trace in traces_of(model).values() if trace for layer in trace.called}
@@ -109,7 +114,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same call many times
     seen = {name for call in called for name in call.layer.split(", ")}
     rows = called + [row for row in account_for(model) if not row.operator and row.layer not in seen]
-    return Explanation(tuple(rows), is_fused, stretches)
+    return Explanation(tuple(rows), is_fused, stretches, inferred)
 
 
 def _is_fused(model: nn.Module) -> bool:

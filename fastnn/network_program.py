@@ -22,17 +22,19 @@ class Kind:
     """One row of the extension's table of layers.
 
     inputs: their names, with "?" behind one that may be missing, and "*" behind one that may be any number of values.
-    attributes: the kind and the default of each; the default is None where the attribute must be given.
+    attributes: the kind and the default of each; the default is None where the attribute must be given. infers: whether
+    a network has the layer in inference.
     """
 
     name: str
     inputs: tuple[str, ...]
     attributes: Mapping[str, tuple[str, str | None]]
+    infers: bool
 
 
 KINDS: dict[str, Kind] = {
-    name: Kind(name, tuple(inputs), {attribute: (kind, default) for attribute, kind, default in attributes})
-    for name, inputs, attributes in _extension.network_layers()
+    name: Kind(name, tuple(inputs), {attribute: (kind, default) for attribute, kind, default in attributes}, infers)
+    for name, inputs, attributes, infers in _extension.network_layers()
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _C
+from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import Line, Value, write
 from fastnn.recurrent_modes import MODES
 from fastnn.reference.network import network
@@ -23,6 +24,7 @@ class RandomNetwork:
     text: str
     weights: list[Tensor]  # float64
     inputs: list[Tensor]
+    rewritten: tuple[str, list[Tensor]]  # a text that should give the same, and its weights
 
 
 class _Builder:
@@ -42,6 +44,12 @@ class _Builder:
 
     def bias(self, size: int) -> dict[str, list[Value]]:
         return {"bias": self.weight(size)} if self.random.random() < 0.7 else {}
+
+    def norm(self, channels: int) -> dict[str, list[Value]]:
+        """What a batch norm with known statistics has, besides its input."""
+        rest = {name: self.weight(channels) for name in ("weight", "bias") if self.random.random() < 0.7}
+        variance = Value((channels,), self.tensor(channels).abs())
+        return {"mean": self.weight(channels), "variance": [variance], **rest}
 
     def add(self, layer: str, inputs: dict[str, list[Value]], sizes: Sequence[int], /, **attributes: Any) -> Value:
         value = Value(sizes)
@@ -151,26 +159,27 @@ def _linear(b: _Builder) -> None:
 
 
 def _rnn(b: _Builder) -> None:
-    x = b.pick((3,))
+    x = b.pick((2, 3, 3, 3))
     if x is None or 0 in x.sizes:
         return
+    is_one = len(x.sizes) == 2  # a sequence by itself
     mode, batch_first = b.random.choice(list(MODES)), b.random.random() < 0.5
     directions, layers, hidden = b.random.randint(1, 2), b.random.randint(1, 2), b.random.choice((1, 5, 8, 17))
     biased = b.random.random() < 0.7
     weights: list[Value] = []
-    width = x.sizes[2]
+    width = x.sizes[-1]
     for _ in range(layers):
         for _ in range(directions):
             weights += [*b.weight(mode.gates * hidden, width), *b.weight(mode.gates * hidden, hidden)]
             weights += [*b.weight(mode.gates * hidden), *b.weight(mode.gates * hidden)] if biased else []
         width = directions * hidden
-    batch = x.sizes[0 if batch_first else 1]
-    last = b.random.random() < 0.3
-    outputs = [Value((batch, width) if last else (*x.sizes[:2], width))]
+    batch = () if is_one else (x.sizes[0 if batch_first else 1],)
+    last = b.random.random() < 0.3 and not (is_one and (batch_first or directions == 2))
+    outputs = [Value((*batch, width) if last else (*x.sizes[:-1], width))]
     states = b.random.randint(0, mode.states)
-    outputs += [Value((layers * directions, batch, hidden)) for _ in range(states)]
+    outputs += [Value((layers * directions, *batch, hidden)) for _ in range(states)]
     inputs = {"input": [x], "weights": weights}
-    fitting = [one for one in b.values if tuple(one.sizes) == (layers * directions, batch, hidden)]
+    fitting = [one for one in b.values if tuple(one.sizes) == (layers * directions, *batch, hidden)]
     if fitting and b.random.random() < 0.5:
         inputs.update((name, [b.random.choice(fitting)]) for name in "hc"[: mode.states])
     settings = {"mode": mode.name, "bidirectional": directions == 2, "batch_first": batch_first}
@@ -206,8 +215,16 @@ def _normalize(b: _Builder) -> None:
     x = b.random.choice([value for value in b.values if value.sizes] or [None])  # type: ignore[list-item]
     if x is None or x.sizes[-1] < 2:
         return
-    if b.random.random() < 0.5:
-        b.add("softmax", {"input": [x]}, x.sizes, logarithm=b.random.random() < 0.5)
+    kind = b.random.choice(("softmax", "layer_norm", "batch_norm", "batch_norm"))
+    if kind == "softmax":
+        dim = b.random.choice((-1, b.random.randrange(len(x.sizes))))
+        b.add("softmax", {"input": [x]}, x.sizes, logarithm=b.random.random() < 0.5, dim=dim)
+    elif kind == "batch_norm":
+        if 2 <= len(x.sizes) <= 5:
+            dims = max(1, len(x.sizes) - 2)
+            activation = b.random.choice(("relu", "identity"))
+            inputs = {"input": [x], **b.norm(x.sizes[1])}
+            b.add("batch_norm", inputs, x.sizes, dims=dims, trains=False, epsilon=0.1, activation=activation)
     else:
         weight = {"weight": b.weight(x.sizes[-1])} if b.random.random() < 0.5 else {}
         b.add("layer_norm", {"input": [x], **weight}, x.sizes, features=x.sizes[-1], epsilon=0.01)
@@ -219,6 +236,67 @@ def _mean(b: _Builder) -> None:
     keeps = b.random.random() < 0.5
     sizes = [1 if d in dims else size for d, size in enumerate(x.sizes) if keeps or d not in dims]
     b.add("mean", {"input": [x]}, sizes, dims=dims, keepdim=keeps, sums=b.random.random() < 0.3)
+
+
+def _adaptive(b: _Builder) -> None:
+    x = b.pick((3, 4, 5))
+    if x is not None:
+        sizes = [b.random.choice((1, 1, 2, 3)) for _ in x.sizes[2:]]
+        b.add("adaptive_avg_pool", {"input": [x]}, (*x.sizes[:2], *sizes), sizes=sizes)
+
+
+def _view(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    rank = len(x.sizes)
+    kind = b.random.choice(("flatten", "squeeze", "unsqueeze", "transpose", "contiguous", "select"))
+    if not rank or (kind == "unsqueeze" and rank == 5):
+        return
+    first, second = sorted(b.random.randrange(rank) for _ in range(2))
+    given = first - rank if b.random.random() < 0.5 else first
+    sizes = list(x.sizes)
+    attributes: dict[str, Any] = {"dim": given}
+    if kind == "flatten":
+        sizes[first : second + 1] = [torch.Size(sizes[first : second + 1]).numel()]
+        attributes = {"start_dim": given, "end_dim": second}
+    elif kind == "squeeze":
+        sizes[first : first + 1] = [size for size in sizes[first : first + 1] if size != 1]
+    elif kind == "unsqueeze":
+        sizes.insert(first, 1)
+        attributes = {"dim": first}
+    elif kind == "transpose":
+        sizes[first], sizes[second] = sizes[second], sizes[first]
+        attributes = {"first": given, "second": second}
+    elif kind == "contiguous":
+        attributes = {}
+    elif not sizes[first]:
+        return
+    else:
+        attributes["index"] = b.random.randint(-sizes[first], sizes[first] - 1)
+        del sizes[first]
+    b.add(kind, {"input": [x]}, sizes, **attributes)
+
+
+def _split(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    dim = b.random.randrange(len(x.sizes)) if x.sizes else 0
+    if not x.sizes or x.sizes[dim] < 2:
+        return
+    size = x.sizes[dim]
+    first = b.random.randint(1, size - 1)
+    way: dict[str, Any] = b.random.choice(({"chunks": 2}, {"size": (size + 1) // 2}, {"sizes": [first, size - first]}))
+    if size <= 3 and b.random.random() < 0.3:
+        way = {"unbind": True}
+    parts = torch.empty(x.sizes, device="meta")
+    made: Sequence[Tensor]
+    if "unbind" in way:
+        made = parts.unbind(dim)
+    elif "chunks" in way:
+        made = parts.chunk(2, dim)
+    else:
+        made = parts.split(way.get("size") or way["sizes"], dim)
+    outputs = [Value(part.shape) for part in made]
+    b.lines.append(Line("split", {"input": [x]}, outputs, {"dim": dim, **way}))
+    b.values += outputs
 
 
 def _reshape(b: _Builder) -> None:
@@ -298,9 +376,12 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "rnn": (2, _rnn),
     "activation": (1, _activation),
     "binary": (4, _binary),
-    "normalize": (1, _normalize),
+    "normalize": (2, _normalize),
     "mean": (1, _mean),
+    "adaptive": (1, _adaptive),
     "reshape": (2, _reshape),
+    "view": (2, _view),
+    "split": (1, _split),
     "permute": (1, _permute),
     "slice": (1, _slice),
     "cat": (2, _cat),
@@ -335,7 +416,8 @@ def random_network(seed: int) -> RandomNetwork:
     outputs.append(b.random.choice(made))
     given = [(value, ",".join(b.random.choice((str(size), ":")) for size in value.sizes)) for value, _ in b.inputs]
     text, tensors = write(given, b.lines, outputs)
-    return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs])
+    rewritten = write(given, rewrite_unpacked(b.lines, outputs, True), outputs)
+    return RandomNetwork(text, tensors, [tensor for _, tensor in b.inputs], rewritten)
 
 
 def trainable_network(seed: int) -> RandomNetwork:
@@ -372,7 +454,7 @@ def trainable_network(seed: int) -> RandomNetwork:
     kept = [line for line in lines if not _has_no_gradient(line)]
     if len(kept) != len(lines):  # what takes its result would be without a value
         return trainable_network(seed + 10**7)
-    return RandomNetwork("\n".join(lines), net.weights, net.inputs)
+    return RandomNetwork("\n".join(lines), net.weights, net.inputs, net.rewritten)
 
 
 def _renamed(word: str, values: dict[str, str]) -> str:
@@ -384,7 +466,7 @@ def _renamed(word: str, values: dict[str, str]) -> str:
 
 
 def _has_no_gradient(line: str) -> bool:
-    if "function=maximum" in line or "function=minimum" in line:
+    if "function=maximum" in line or "function=minimum" in line or line.startswith("batch_norm "):
         return True
     if line.startswith("pad ") and "=-" in line.replace(",-", "=-"):
         return True
@@ -394,10 +476,13 @@ def _has_no_gradient(line: str) -> bool:
 
 
 def check(seed: int) -> None:
-    """The operator's results are the reference's in float64, with packed weights and without. The instruction set, the
-    dtype and the number of threads follow from the seed."""
+    """The operator's results are the reference's in float64, with packed weights and without, and rewritten for
+    parameters that may change. The instruction set, the dtype and the number of threads follow from the seed."""
     net = random_network(seed)
     expected = network(net.inputs, net.weights, net.text)
+    text, parameters = net.rewritten
+    for one, wanted in zip(network(net.inputs, parameters, text), expected, strict=True):
+        torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-9, equal_nan=True, msg=text)
     isas = _C.supported_instruction_sets()
     dtype = torch.float64 if seed % 4 == 3 else torch.float32
     weights = torch.cat([weight.reshape(-1) for weight in net.weights] or [torch.empty(0)]).to(dtype)
@@ -409,13 +494,16 @@ def check(seed: int) -> None:
         packed = torch.ops.fastnn.network_packed(weights, net.text, sizes)
         with using_threads(1 + seed % 2):
             results = [torch.ops.fastnn.network(inputs, weights, some, net.text) for some in (packed, packed[:0])]
+            if parameters:
+                own = [tensor.to(dtype) for tensor in parameters]
+                results.append(torch.ops.fastnn.network_unpacked(inputs, own, text))
     finally:
         _C.use_instruction_set(before)
-    for found, unpacked, wanted in zip(*results, expected, strict=True):
+    for *found, wanted in zip(*results, expected, strict=True):
         scale = max(float(wanted.abs().max()), 0.1) if wanted.numel() else 1.0
         limits = {"rtol": 0.0, "atol": (2e-4 if dtype == torch.float32 else 1e-10) * scale, "equal_nan": True}
-        torch.testing.assert_close(found.double(), wanted, **limits, msg=net.text)
-        torch.testing.assert_close(unpacked.double(), wanted, **limits, msg=net.text)
+        for one in found:
+            torch.testing.assert_close(one.double(), wanted, **limits, msg=f"{net.text}\n{text}")
 
 
 def check_training(seed: int) -> None:
@@ -464,7 +552,7 @@ def main() -> None:
         try:
             check(seed)
             check_training(seed)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, IndexError, ValueError) as error:
             failed.append(seed)
             print(f"seed {seed}: {error}", flush=True)
         if (seed + 1 - given.first) % 500 == 0:

@@ -582,11 +582,11 @@ def test_input_refused_half_way_changes_nothing(name: str, refused: int) -> None
     run = torch.ops.fastnn.network_unpacked
     # Without the sizes of the input, which would refuse it at once.
     program = re.sub(r"(?<=sizes=)\S+", ",".join([":"] * example.dim()), program, count=1)
-    expected = run(example, parameters, program)
+    (expected,) = run([example], parameters, program)
     for _ in range(3):
         with pytest.raises(RuntimeError, match=r"an input of size .* does not fit the network"):
-            run(bad, parameters, program)
-        assert torch.equal(run(example, parameters, program), expected)
+            run([bad], parameters, program)
+        assert torch.equal(run([example], parameters, program)[0], expected)
 
 
 def test_input_wider_than_every_output() -> None:
@@ -820,9 +820,12 @@ def test_unpacked_operator_is_safe() -> None:
     program = fastnn.freeze(model, example)._program
     run, parameters = torch.ops.fastnn.network_unpacked, [p.detach() for p in model.parameters()]
     expected = model(example).detach()
-    assert_close(run(example, parameters, program), expected)
+    assert_close(run([example], parameters, program)[0], expected)
     with pytest.raises(RuntimeError, match=r"expected weight 0 of size \[8, 10\], got \[10, 8\]"):
-        run(example, [parameters[0].reshape(10, 8), *parameters[1:]], program)
+        run([example], [parameters[0].reshape(10, 8), *parameters[1:]], program)
+    for inputs in ([], [example, example], [example.double()], [example[:, :9]], [example.to("meta")]):
+        with pytest.raises(RuntimeError):
+            run(inputs, parameters, program)
     first = parameters[0]
     for bad in (
         *(
@@ -835,12 +838,13 @@ def test_unpacked_operator_is_safe() -> None:
         *([p.double() for p in parameters], [first[:, :9], *parameters[1:]], [first.to("meta"), *parameters[1:]]),
     ):
         with pytest.raises(RuntimeError):
-            run(example, bad, program)
+            run([example], bad, program)
     with pytest.raises(RuntimeError, match="BFloat16"):
-        run(example.bfloat16(), [p.bfloat16() for p in parameters], program)
-    strided = [p.repeat_interleave(2, 0)[::2] for p in parameters]
-    assert_close(run(example.t().contiguous().t(), strided, program), expected)
-    torch.library.opcheck(run, (example, parameters, program))
+        run([example.bfloat16()], [p.bfloat16() for p in parameters], program)
+    with pytest.raises(RuntimeError, match="expected parameters to be contiguous"):
+        run([example], [p.repeat_interleave(2, 0)[::2] for p in parameters], program)
+    assert_close(run([example.t().contiguous().t()], parameters, program)[0], expected)
+    torch.library.opcheck(run, ([example], parameters, program))
 
 
 # ---- what models may give and take ------------------------------------------------------------------------------

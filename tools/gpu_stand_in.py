@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastnn.graph.recorded import NetworkCall
+from fastnn.graph.stretches import NetworkCall
 
 
 class Stream:

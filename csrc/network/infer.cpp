@@ -108,6 +108,7 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
     FASTNN_CHECK(inputs[i].scalar_type() == ScalarType::Long, kind.op, ": expected input ", i, " to be int64");
   }
   const Kernels<T> kernels = Kernels<T>::active();
+  for (Fold<T>& fold : bound.network.folds) fold.run();
   PackedReader reader(packed, packed_bytes, kernels.isa, sizeof(T));
   const Plan<T>& plan = bound.plan_for(inputs, kernels);
   std::vector<Tensor> dense_inputs, outputs;
@@ -186,22 +187,20 @@ Tensor network_of_one(const Tensor& input, const Tensor& weights, const Tensor& 
   return std::move(outputs[0]);
 }
 
-// parameters: in the program's order, each as its layer's parameter in torch.
-Tensor network_unpacked(const Tensor& input, const std::vector<Tensor>& parameters, const std::string& program) {
+// parameters: in the program's order, each as its layer's parameter in torch. They are read anew at every call.
+std::vector<Tensor> network_unpacked(const std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters,
+                                     const std::string& program) {
   const char* op = "network_unpacked";
-  const Expected kind = check_kind(op, input, "input");
-  std::vector<Tensor> weights;
-  weights.reserve(parameters.size());
+  FASTNN_CHECK(!inputs.empty() && !parameters.empty(), op, ": expected at least one input and one parameter");
+  const Expected kind = check_kind(op, parameters[0], "parameters");
   for (const Tensor& parameter : parameters) {
     check_same_kind(parameter, kind, "parameters");
-    weights.push_back(dense(parameter));
+    FASTNN_CHECK(parameter.is_contiguous(), op, ": expected parameters to be contiguous");
   }
   return with_kernel_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
-    Bound<T>& bound = bound_network<T>(weights.data(), weights.size(), false, program);
-    std::vector<Tensor> outputs = run(bound, &input, 1, kind, nullptr, 0);
-    FASTNN_CHECK(outputs.size() == 1, op, ": the program has ", outputs.size(), " outputs");
-    return std::move(outputs[0]);
+    Bound<T>& bound = bound_network<T>(parameters.data(), parameters.size(), false, program);
+    return run(bound, inputs.data(), inputs.size(), kind, nullptr, 0);
   });
 }
 
@@ -242,7 +241,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
   m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
   m.def("network_packed(Tensor weights, str program, int[] sizes) -> Tensor");
-  m.def("network_unpacked(Tensor input, Tensor[] parameters, str program) -> Tensor");
+  m.def("network_unpacked(Tensor[] inputs, Tensor[] parameters, str program) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {

@@ -2,6 +2,7 @@
 // has a class in training/, too.
 #include "layer_table.h"
 
+#include "fold.h"
 #include "layers/conv.h"
 #include "layers/conv_transpose.h"
 #include "layers/elementwise.h"
@@ -19,15 +20,16 @@ namespace fastnn {
 const std::vector<LayerEntry>& layer_entries() {
   static const std::vector<LayerEntry> entries = [] {
     std::vector<LayerEntry> all{
-        conv_entry(),       conv_transpose_entry(),
-        max_pool_entry(),   avg_pool_entry(),
-        upsample_entry(),   linear_entry(),
-        rnn_entry(),        embedding_entry(),
-        activation_entry(), binary_entry(),
-        softmax_entry(),    layer_norm_entry(),
-        mean_entry(),       reshape_entry(),
-        permute_entry(),    slice_entry(),
-        cat_entry(),        pad_entry(),
+        conv_entry(),         conv_transpose_entry(), fold_entry(),
+        batch_norm_entry(),   max_pool_entry(),       avg_pool_entry(),
+        adaptive_avg_entry(), upsample_entry(),       linear_entry(),
+        rnn_entry(),          embedding_entry(),      activation_entry(),
+        binary_entry(),       softmax_entry(),        layer_norm_entry(),
+        mean_entry(),         reshape_entry(),        flatten_entry(),
+        squeeze_entry(),      unsqueeze_entry(),      contiguous_entry(),
+        permute_entry(),      transpose_entry(),      select_entry(),
+        slice_entry(),        split_entry(),          cat_entry(),
+        pad_entry(),
     };
     for (LayerEntry& entry : training_entries()) all.push_back(std::move(entry));
     return all;

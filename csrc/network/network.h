@@ -1,8 +1,9 @@
-// A network: its program, read and bound to weights. It is immutable, and threads share it.
+// A network: its program, read and bound to weights.
 #pragma once
 
 #include <limits>
 
+#include "fold.h"
 #include "layer_table.h"
 #include "layers/reformat.h"
 
@@ -82,7 +83,8 @@ class Network {
   std::vector<int64_t> outputs;
   std::vector<Step> steps;
   Weights<T> weights;
-  size_t values;  // the number of values
+  std::vector<Fold<T>> folds;  // weights that a call computes before its first step
+  size_t values;               // the number of values
 
   // pieces: the weights in the program's order; if `joined`, one piece that has all weights one behind the other.
   Network(const std::string& text, const std::vector<WeightPiece<T>>& pieces, bool joined) {
@@ -121,6 +123,9 @@ class Network {
         for (const int64_t output : outputs) {
           if (weights.holds(output)) line.refuse("a weight is no output");
         }
+      } else if (line.layer == "fold") {
+        check_layer_line(line);
+        folds.emplace_back(line, weights);
       } else {
         add_layer(line);
       }
@@ -154,7 +159,9 @@ class Network {
     const LayerEntry& entry = check_layer_line(line);
     if (!entry.make_float) line.refuse("it is a layer of training alone");
     if (line.outputs.empty()) line.refuse("expected to give a value");
-    if (line.outputs.size() > 1 && line.layer != "rnn") line.refuse("it gives one value");
+    if (line.outputs.size() > 1 && line.layer != "rnn" && line.layer != "split") {
+      line.refuse("it gives one value");
+    }
     std::unique_ptr<Layer<T>> layer;
     if constexpr (sizeof(T) == sizeof(double)) {
       layer = entry.make_double(line, weights);

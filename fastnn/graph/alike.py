@@ -54,12 +54,12 @@ class NotAlikeError(Exception):
 
 class Kind:
     """What is kept for modules that are alike, with places for their objects: the trace of the forward, the program of
-    a training step, once there was one, and what runs where gradients are recorded, once it has run."""
+    a training step, once there was one, and the stretches of layers, once they have run."""
 
     def __init__(self, trace: Any) -> None:
         self.trace = trace
         self.network: Any = None
-        self.recorded: Any = None
+        self.stretched: dict[bool, Any] = {}  # by whether autograd records
 
 
 class Parts:

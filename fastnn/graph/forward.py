@@ -21,9 +21,9 @@ from torch import Tensor, fx, is_grad_enabled, nn
 from fastnn._torch import functions_are_watched, is_tracing
 from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
-from fastnn.graph.joining import join
+from fastnn.graph.joining import join_heads
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
-from fastnn.graph.recorded import Recorded, compiled, record
+from fastnn.graph.stretches import Stretched, compiled, find_stretches
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
@@ -63,7 +63,7 @@ class _Token:
     """
 
 
-STRETCHES = "stretches"  # the key in `left` of all stretches of layers under autograd (recorded.py)
+STRETCHES = "stretches"  # the key in `left` of all stretches of layers (stretches.py)
 _MOST_TRACES = 8  # the most traces of a module that are kept, each for a state to which the module may return
 _FREE_TRIES = 8  # After so many tries of a module that has changed, tracing may only take this part of the time:
 _MOST_TIME = 0.01
@@ -202,7 +202,7 @@ class _Code:
     def written(self, modules: dict[str, nn.Module]) -> Callable[..., Any]:
         with _write_lock:
             if self._function is None:
-                join(self._graph, modules)
+                join_heads(self._graph, modules)
                 self._function = compiled(self._graph, f"<fused {type(modules['']).__name__}>")
         return self._function
 
@@ -244,8 +244,7 @@ class Trace:
         self.guard.seal()
         self.holds = self.guard.holds
         self.kind: Kind | None = None  # what is kept of it for modules that are alike
-        self._recorded: Recorded | None = None
-        self._is_read = False  # whether _recorded is set
+        self._stretched: dict[bool, Stretched | None] = {}  # by whether autograd records
 
     @classmethod
     def of(cls, module: nn.Module, left: dict[Any, str]) -> Trace:
@@ -275,26 +274,28 @@ class Trace:
         ]
         other.guard = self.guard.mapped(of)
         other.holds, other.run = other.guard.holds, other._write_and_run
-        other._recorded, other._is_read = None, False
+        other._stretched = {}
         return other
 
-    def recorded(self, module: nn.Module) -> Recorded | None:
-        """What runs in place of the trace where gradients are recorded; None where the trace itself is as good."""
-        if self._is_read and (self._recorded is None or self._recorded.guard.holds()):
-            return self._recorded
+    def stretched(self, module: nn.Module, trains: bool) -> Stretched | None:
+        """What runs in place of the trace, under autograd if it `trains`, else in inference; None where the trace
+        itself is as good."""
+        is_read = trains in self._stretched
+        if is_read and ((known := self._stretched[trains]) is None or known.guard.holds()):
+            return known
         kind, parts = self.kind, Parts(module)
         is_alike = kind is not None and kind_of(parts) is kind
-        found: Recorded | None = None
-        if not self._is_read and is_alike and kind is not None and kind.recorded is not None:
-            found = kind.recorded.mapped(parts.object_at)
+        found: Stretched | None = None
+        if not is_read and is_alike and kind is not None and trains in kind.stretched:
+            found = kind.stretched[trains].mapped(parts.object_at)
             if not found.guard.begins():
                 found = None
         if found is None:
-            found = record(*self.write(), self.names, self.modules)
+            found = find_stretches(*self.write(), self.names, self.modules, trains)
             if found is not None and is_alike and kind is not None:
                 with suppress(NotAlikeError):
-                    kind.recorded = found.mapped(parts.place_of)
-        self._recorded, self._is_read = found, True
+                    kind.stretched[trains] = found.mapped(parts.place_of)
+        self._stretched[trains] = found
         return found
 
     def _write_and_run(self, module: nn.Module, *args: Any) -> Any:
@@ -368,8 +369,8 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        recorded = trace.recorded(self.module) if _may_record(self.left) else None
-        if trace.is_idle and recorded is None:
+        stretched = self._stretches_of(trace)
+        if trace.is_idle and stretched is None:
             return self.stock(*args)
         for arg in args:
             if not isinstance(arg, Tensor) or arg.layout is not _strided or arg.is_nested:
@@ -380,14 +381,22 @@ class FusedForward(FusedModule):
             trace = self.trace()
             if trace is None:
                 return self.stock(*args)
-            recorded = trace.recorded(self.module) if _may_record(self.left) else None
-            if trace.is_idle and recorded is None:
+            stretched = self._stretches_of(trace)
+            if trace.is_idle and stretched is None:
                 return self.stock(*args)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_trace(self.module, trace, args)
-        if recorded is not None:
-            return recorded.run(self.module, args)
+        if stretched is not None:
+            return stretched.run(self.module, args)
         return trace.run(self.module, *args, *[own[name] for own, name in trace.sources])
+
+    def _stretches_of(self, trace: Trace) -> Stretched | None:
+        """What runs in place of the trace. None where stretches of layers have been left as single layers, or somebody
+        writes down which operators run."""
+        stretched = trace.stretched(self.module, is_grad_enabled())
+        if stretched is not None and (STRETCHES in self.left or is_tracing() or is_exporting()):
+            return None
+        return stretched
 
     def _look_closer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -432,12 +441,6 @@ class FusedForward(FusedModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forget()
-
-
-def _may_record(left: dict[Any, str]) -> bool:
-    """Whether autograd may record a call, stretches of layers have not been left as single layers, and nobody writes
-    down which operators run."""
-    return is_grad_enabled() and STRETCHES not in left and not is_tracing() and not is_exporting()
 
 
 def _count_references() -> int:

@@ -58,10 +58,26 @@ class _Lines:
 
 
 def rewrite(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
-    """Rewrites the lines. results: the values that are needed outside."""
+    """Rewrites the lines of a frozen model. results: the values that are needed outside."""
+    return _apply(_RULES, lines, results)
+
+
+def rewrite_unpacked(lines: Sequence[Line], results: Sequence[Value], addends: bool) -> list[Line]:
+    """Rewrites lines for inference with parameters that may change from call to call: copies of these lines, since a
+    training network may have them, too. addends: whether to let convolutions add values, which refuse values of another
+    size than the convolution's result."""
+    copies = [
+        Line(line.layer, {name: list(values) for name, values in line.inputs.items()}, list(line.outputs),
+             dict(line.attributes))
+        for line in lines
+    ]  # fmt: skip
+    return _apply(_RULES_UNPACKED if addends else _RULES_WITHOUT_ADDENDS, copies, results)
+
+
+def _apply(rules: Sequence[_Rule], lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
     program = _Lines(lines, results)
     for line in list(program.lines):
-        for rule in _RULES:
+        for rule in rules:
             if line in program.lines and rule(program, line):
                 break
     return _used(program.lines, results)
@@ -265,7 +281,58 @@ def _take_last_step(program: _Lines, line: Line) -> bool:
     return True
 
 
-_RULES: Sequence[Callable[[_Lines, Line], bool]] = (
+def _fold_norm(program: _Lines, line: Line) -> bool:
+    """Lets a convolution take over the batch norm behind it, with the ReLU and the max-pool that the norm includes. A
+    line in front computes the convolution's weights from the parameters of both."""
+    before = program.before(line) if line.layer == "batch_norm" else None
+    if before is None or before.layer not in ("conv", "conv_transpose") or not _is_plain(before):
+        return False
+    transposed = before.layer == "conv_transpose"
+    if transposed and _pools(line):
+        return False
+    norm = {name: values for name, values in line.inputs.items() if name != "input"}
+    conv = {f"conv_{name}": before.inputs[name] for name in ("weight", "bias") if name in before.inputs}
+    weight, bias = Value(before.inputs["weight"][0].sizes), Value(())
+    settings = {"epsilon": line.attributes["epsilon"], "transposed": transposed}
+    settings["groups"] = before.attributes.get("groups", 1)
+    program.lines.insert(program.lines.index(before), Line("fold", {**conv, **norm}, [weight, bias], settings))
+    before.inputs = {**before.inputs, "weight": [weight], "bias": [bias]}
+    taken = ("activation", *_POOL) if not transposed else ("activation",)
+    before.attributes.update({name: line.attributes[name] for name in taken if name in line.attributes})
+    program.merge(line, before)
+    return True
+
+
+_POOL = ("pool", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
+
+
+def _split_norm(program: _Lines, line: Line) -> bool:
+    """Makes a layer of its own of the max-pool that a batch norm includes."""
+    if line.layer != "batch_norm" or not _pools(line):
+        return False
+    normed = Value(())
+    names = {"pool": "kernel", **{name: name.removeprefix("pool_") for name in _POOL[1:]}}
+    settings = {names[name]: line.attributes.pop(name) for name in _POOL if name in line.attributes}
+    pool = Line("max_pool", {"input": [normed]}, line.outputs, settings)
+    line.outputs = [normed]
+    program.lines.insert(program.lines.index(line) + 1, pool)
+    program.maker[pool.outputs[0]] = pool
+    program.maker[normed] = line
+    program.uses[normed] = 1
+    return True
+
+
+def _as_mean(program: _Lines, line: Line) -> bool:
+    """Makes a mean of an adaptive pool to one pixel."""
+    sizes = line.attributes["sizes"] if line.layer == "adaptive_avg_pool" else (0,)
+    if any(size != 1 for size in sizes):
+        return False
+    line.layer, line.attributes = "mean", {"dims": [-1 - d for d in range(len(sizes))], "keepdim": True}
+    return True
+
+
+_Rule = Callable[[_Lines, Line], bool]
+_RULES: Sequence[_Rule] = (
     _drop_copy,
     _fold_arithmetic,
     _take_activation,
@@ -274,3 +341,12 @@ _RULES: Sequence[Callable[[_Lines, Line], bool]] = (
     _take_pool,
     _take_last_step,
 )
+_RULES_WITHOUT_ADDENDS: Sequence[_Rule] = (
+    _fold_norm,
+    _split_norm,
+    _as_mean,
+    _take_activation,
+    _relu_before_pool,
+    _take_pool,
+)
+_RULES_UNPACKED = (*_RULES_WITHOUT_ADDENDS, _take_addend)

@@ -36,12 +36,18 @@ class NotANetworkError(Exception):
     """Says why a step cannot run something as a network in one call or two."""
 
 
+def acts(line: Line) -> bool:
+    """Whether a line does more than give its results: it draws random numbers, or changes statistics."""
+    if line.layer == "batch_norm":
+        return bool(line.attributes["trains"])
+    return line.layer in ("dropout", "noise") or bool(line.attributes.get("dropout"))
+
+
 def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
     """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
     needed, kept = set(results), []
     for line in reversed(lines):
-        acts = line.layer in ("dropout", "noise", "batch_norm") or line.attributes.get("dropout")
-        if acts or any(value in needed for value in line.outputs):
+        if acts(line) or any(value in needed for value in line.outputs):
             needed.update(line.taken())
             kept.append(line)
     return kept[::-1]

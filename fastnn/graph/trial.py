@@ -58,7 +58,7 @@ class _Trial:
         self.tried: list[Any] = []  # the keys of all candidates
 
     def settle(self, twin: nn.Module, stock: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Chooses among the whole models: with stretches of layers as one function of autograd each, with the
+        """Chooses among the whole models: with stretches of layers as one call each, with the
         candidates that are faster by themselves, or stock, since comparing the model with its trace takes time at every
         call. twin, stock: copies of the model, fused and unfused."""
         kept = [key for key in self.tried if key not in self.left]
@@ -85,14 +85,13 @@ class _Trial:
         for model in models:
             step(model)
         together, apart, stock_time = _time(*(functools.partial(step, model) for model in models))
-        if self.training:
-            if together < min(apart, stock_time):
-                return
-            words = f"{_microseconds(min(apart, stock_time))}, {_microseconds(together)} with them"
-            self.left[STRETCHES] = f"the whole model is as fast without them: {words} (training)"
+        if together < min(apart, stock_time):
+            return
+        mode = "training" if self.training else "inference"
+        words = f"{_microseconds(min(apart, stock_time))}, {_microseconds(together)} with them"
+        self.left[STRETCHES] = f"the whole model is as fast without them: {words} ({mode})"
         if apart >= stock_time:
             words = f"the whole model is as fast without it: {_microseconds(stock_time)}"
-            mode = "training" if self.training else "inference"
             self.left.update(dict.fromkeys(kept, f"{words}, {_microseconds(apart)} fused ({mode})"))
 
     def see_trace(self, module: nn.Module, trace: Trace, inputs: Sequence[Tensor]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._torch import direct_call
 from fastnn.network_program import TextLine
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
@@ -16,6 +17,53 @@ network_op = torch.ops.fastnn.network.default
 network_of_one = torch.ops.fastnn.network_of_one.default
 network_packed = torch.ops.fastnn.network_packed.default
 network_unpacked = torch.ops.fastnn.network_unpacked.default
+_unpacked_call = direct_call(network_unpacked)
+
+
+class InferredNetwork:
+    """A program for inference that reads the parameters anew at every call.
+
+    texts: the ways to write it, the best first, each with the places of its parameters among those that are given; an
+    input's sizes stand in the text as "{0}", "{1}" and so on. A way may refuse some sizes.
+    """
+
+    def __init__(self, inputs: int, texts: Sequence[tuple[str, Sequence[int]]]) -> None:
+        self.inputs = inputs
+        self.text = texts[0][0]
+        self._reshapes = "\nreshape " in self.text
+        self._texts = texts
+        # By the inputs' numbers of dimensions: the text for them, and the places of its parameters.
+        self._known: dict[tuple[int, ...], tuple[str, Sequence[int]]] = {}
+
+    def takes(self, input: Tensor) -> bool:
+        """Whether an input lies as the results do. One without elements is taken where nothing reshapes it: torch
+        refuses a view of it with a size of -1."""
+        return input.is_contiguous() and (not self._reshapes or input.numel() != 0)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs. tensors: the inputs, then the parameters. Callers know that the call is plain
+        (:func:`is_plain`), that the program takes each input and that nothing wants a gradient.
+
+        Raises RuntimeError where the operator does not take the tensors.
+        """
+        inputs, parameters = tensors[: self.inputs], tensors[self.inputs :]
+        dims = tuple([one.dim() for one in inputs])
+        known = self._known.get(dims)
+        if known is not None:
+            text, places = known
+            return _unpacked_call(inputs, [parameters[place] for place in places], text)
+        sizes = [",".join([":"] * rank) for rank in dims]
+        for number, (pattern, places) in enumerate(self._texts, start=1):
+            text = pattern.format(*sizes)
+            try:
+                outputs = _unpacked_call(inputs, [parameters[place] for place in places], text)
+            except RuntimeError:
+                if number == len(self._texts):
+                    raise
+            else:
+                self._known[dims] = text, places
+                break
+        return outputs
 
 
 def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -25,10 +73,10 @@ def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:
     weights = taken["weights"]
     outputs = weights[1].shape[1]
     hidden = weights[1].shape[0] // MODE_OF[line["mode"]].gates
-    batch = x.shape[0 if line["batch_first"] else 1]
-    sizes = [batch, directions * outputs] if line["last"] else [*x.shape[:2], directions * outputs]
+    batch = [x.shape[0 if line["batch_first"] else 1]] if x.dim() == 3 else []
+    sizes = [*(batch if line["last"] else x.shape[:-1]), directions * outputs]
     count = layers_of_rnn(line, taken) * directions
-    return [x.new_empty(sizes), x.new_empty(count, batch, outputs), x.new_empty(count, batch, hidden)]
+    return [x.new_empty(sizes), x.new_empty(count, *batch, outputs), x.new_empty(count, *batch, hidden)]
 
 
 def _empty_outputs(inputs: Sequence[Tensor], weights: Any, program: str) -> list[Tensor]:
@@ -59,9 +107,9 @@ def _(input: Tensor, weights: Tensor, packed: Tensor, program: str) -> Tensor:
 
 
 @raw_operator("network_unpacked")
-def _(input: Tensor, parameters: list[Tensor], program: str) -> Tensor:
-    check_same_device(input, *parameters)
-    return _empty_outputs([input], parameters, program)[0]
+def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> list[Tensor]:
+    check_same_device(*inputs, *parameters)
+    return _empty_outputs(inputs, parameters, program)
 
 
 @raw_operator("network_packed")

@@ -18,8 +18,7 @@ from fastnn.activations import parse_one
 from fastnn.network_program import TextLine, read
 from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
 from fastnn.ops._raw_operator import raw_operator
-from fastnn.reference.network import Taken, layers_of_rnn, network
-from fastnn.reference.rnn import rnn
+from fastnn.reference.network import Taken, layers_of_rnn, network, rnn_layer
 
 network_with_pass = direct_call(torch.ops.fastnn.network_with_pass.default)
 network_backward = direct_call(torch.ops.fastnn.network_backward.default)
@@ -48,6 +47,10 @@ class TrainedNetwork:
         self.text = text
         self.inputs = sum(line.layer == "input" for line in read(text))
         self._needs: dict[tuple[bool, ...], Needs] = {}
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """:func:`train_network` of this program."""
+        return train_network(self, tensors)
 
     def needs(self, requires: tuple[bool, ...]) -> Needs:
         """requires: whether each of the inputs, and then of the parameters, requires a gradient."""
@@ -178,11 +181,11 @@ class Network(torch.autograd.Function):
         def noise(line: TextLine, taken: Taken) -> list[Tensor]:
             return [next(drawn)]
 
-        def rnn_layer(line: TextLine, taken: Taken) -> list[Tensor]:
+        def rnn(line: TextLine, taken: Taken) -> list[Tensor]:
             masks = next(drawn) if line["dropout"] and layers_of_rnn(line, taken) > 1 else None
-            return _rnn(line, taken, masks)
+            return rnn_layer(line, taken, masks)
 
-        layers = {"dropout": dropout, "noise": noise, "rnn": rnn_layer, "embedding": _embedding}
+        layers = {"dropout": dropout, "noise": noise, "rnn": rnn, "embedding": _embedding}
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             return tuple(network(tensors[: program.inputs], tensors[program.inputs :], program.text, layers))
@@ -202,27 +205,9 @@ def train_network(program: TrainedNetwork, tensors: Sequence[Tensor]) -> tuple[T
     return _record(program, *tensors)
 
 
-# Layers of training that the specification has for inference.
-
-
 def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
     padding = line["padding_idx"]
     return [F.embedding(taken["input"][0], taken["weight"][0], None if padding < 0 else padding)]
-
-
-def _rnn(line: TextLine, taken: Taken, masks: Tensor | None) -> list[Tensor]:
-    (x,), batch_dim = taken["input"], int(not line["batch_first"])
-    state = [taken[name][0] for name in ("h", "c") if name in taken]
-    is_one = x.dim() == 2  # a sequence by itself, without a batch
-    if is_one:
-        x, state = x.unsqueeze(batch_dim), [one.unsqueeze(1) for one in state]
-    layers, both = layers_of_rnn(line, taken), line["bidirectional"]
-    y, states = rnn(x, None, state, taken["weights"], masks, line["mode"], layers, both, line["batch_first"])
-    if line["last"]:
-        y, batch_dim = y[:, -1] if line["batch_first"] else y[-1], 0
-    if is_one:
-        y, states = y.squeeze(batch_dim), tuple(one.squeeze(1) for one in states)
-    return [y, *states]
 
 
 @raw_operator("network_with_pass")

@@ -128,14 +128,19 @@ def layers_of_rnn(line: TextLine, taken: Taken) -> int:
     return len(taken["weights"]) // (each * (2 if line["bidirectional"] else 1))
 
 
-def _rnn(line: TextLine, taken: Taken) -> list[Tensor]:
-    state = [_one(taken, name) for name in ("h", "c") if name in taken]
-    layers, directions, batch_first = layers_of_rnn(line, taken), line["bidirectional"], line["batch_first"]
-    y, states = rnn(
-        _one(taken, "input"), None, state, taken["weights"], None, line["mode"], layers, directions, batch_first
-    )
+def rnn_layer(line: TextLine, taken: Taken, masks: Tensor | None = None) -> list[Tensor]:
+    """masks: what dropout multiplies each layer's output by, as :func:`fastnn.reference.rnn` takes it."""
+    (x,), batch_dim = taken["input"], int(not line["batch_first"])
+    state = [taken[name][0] for name in ("h", "c") if name in taken]
+    is_one = x.dim() == 2  # a sequence by itself, without a batch
+    if is_one:
+        x, state = x.unsqueeze(batch_dim), [one.unsqueeze(1) for one in state]
+    layers, both = layers_of_rnn(line, taken), line["bidirectional"]
+    y, states = rnn(x, None, state, taken["weights"], masks, line["mode"], layers, both, line["batch_first"])
     if line["last"]:
-        y = y[:, -1] if batch_first else y[-1]
+        y, batch_dim = y[:, -1] if line["batch_first"] else y[-1], 0
+    if is_one:
+        y, states = y.squeeze(batch_dim), tuple(one.squeeze(1) for one in states)
     return [y, *states]
 
 
@@ -215,41 +220,54 @@ def _adaptive_avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
     return [getattr(F, f"adaptive_avg_pool{len(sizes)}d")(_one(taken, "input"), sizes)]
 
 
-# Layers of training alone. A dropout drops nothing here.
-_TRAINING: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
+def _fold(line: TextLine, taken: Taken) -> list[Tensor]:
+    """A convolution's weight and bias with the batch norm behind it."""
+    weight, bias, mean = _one(taken, "conv_weight"), _one(taken, "conv_bias"), _one(taken, "mean")
+    scale = torch.rsqrt(_one(taken, "variance") + line["epsilon"])
+    if "weight" in taken:
+        scale = scale * _one(taken, "weight")
+    shift = (-mean if bias is None else bias - mean) * scale
+    if "bias" in taken:
+        shift = shift + _one(taken, "bias")
+    ones = (1,) * (weight.dim() - 2)
+    if not line["transposed"]:
+        return [weight * scale.reshape(-1, 1, *ones), shift]
+    of_groups = weight.reshape(line["groups"], -1, *weight.shape[1:]) * scale.reshape(line["groups"], 1, -1, *ones)
+    return [of_groups.reshape(weight.shape), shift]
+
+
+# A dropout drops nothing here.
+LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "fold": _fold,
     "batch_norm": _batch_norm,
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+    "adaptive_avg_pool": _adaptive_avg_pool,
+    "upsample": _upsample,
+    "linear": _linear,
+    "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
+    "rnn": rnn_layer,
+    "embedding": lambda line, taken: [F.embedding(_one(taken, "input"), _one(taken, "weight"))],
+    "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
+    "binary": _binary,
     "exp": lambda line, taken: [_one(taken, "input").exp()],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
-    "adaptive_avg_pool": _adaptive_avg_pool,
-    "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "mean": _mean,
+    "reshape": _reshape,
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
     "squeeze": lambda line, taken: [_one(taken, "input").squeeze(line["dim"])],
     "unsqueeze": lambda line, taken: [_one(taken, "input").unsqueeze(line["dim"])],
     "transpose": lambda line, taken: [_one(taken, "input").transpose(line["first"], line["second"])],
     "contiguous": lambda line, taken: [_one(taken, "input").contiguous()],
     "select": lambda line, taken: [_one(taken, "input").select(line["dim"], line["index"])],
-    "split": _split,
-}
-
-LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
-    "conv": _conv,
-    "conv_transpose": _conv_transpose,
-    "max_pool": _max_pool,
-    "avg_pool": _avg_pool,
-    "upsample": _upsample,
-    "linear": _linear,
-    "rnn": _rnn,
-    "embedding": lambda line, taken: [F.embedding(_one(taken, "input"), _one(taken, "weight"))],
-    "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
-    "binary": _binary,
-    "softmax": _softmax,
-    "layer_norm": _layer_norm,
-    "mean": _mean,
-    "reshape": _reshape,
     "permute": lambda line, taken: [_one(taken, "input").permute(line["dims"])],
     "slice": _slice,
+    "split": _split,
     "cat": lambda line, taken: [torch.cat(taken["inputs"], line["dim"])],
     "pad": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], value=line["value"])],
-    **_TRAINING,
 }

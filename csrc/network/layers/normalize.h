@@ -1,34 +1,101 @@
-// softmax and layer_norm: rows of the last dimension, each by itself.
+// batch_norm by known statistics, softmax and layer_norm.
 #pragma once
 
-#include "../array.h"
+#include "../fold.h"
+#include "elementwise.h"
 
 namespace fastnn {
+
+// Batch norm in inference: a factor and an addend for each channel, which every call computes from the statistics.
+template <class T>
+class BatchNormLayer : public Layer<T> {
+ public:
+  BatchNormLayer(const ProgramLine& line, const Weights<T>& weights)
+      : dims_(line.integer("dims", 1, 3)), norm_(line, weights), activation_(line.activation()) {
+    this->inputs = {line.input("input")};
+    if (line.flag("trains")) line.refuse("a network that is not trained takes no statistics");
+    for (const char* const name : {"pool", "pool_stride"}) {
+      for (const int64_t size : line.integers(name, 1, kMostSize)) {
+        if (size != 1) line.refuse("a pool is a layer of its own here");
+      }
+    }
+  }
+  FormatRule formats() const override { return FormatRule::alike; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    const int64_t rank = static_cast<int64_t>(sizes.size());
+    FASTNN_CHECK(rank == dims_ + 2 || (rank == 2 && dims_ == 1), "expected ", dims_ + 2, "D input (got ", rank,
+                 "D input)");
+    FASTNN_CHECK(sizes[1] == norm_.channels(), "expected ", norm_.channels(), " channels, got size ", to_string(sizes));
+    site.outputs[0].sizes = sizes;
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+    const size_t rank = output.sizes.size();
+    const Scratch<T> numbers(2 * norm_.channels());
+    T *const scale = numbers.get(), *const shift = scale + norm_.channels(), *const to = call.output(0);
+    norm_.compute(scale, shift);
+    Ints each(rank, 0);
+    each[1] = output.sizes[1] == 1 ? 0 : 1;
+    const Ints from_strides = input.strides(), to_strides = output.strides();
+    const std::vector<size_t> order = memory_order(rank, output.channels_last());
+    combine_arrays(BinaryKind::mul, call.input(0), from_strides, scale, each, to, to_strides, output.sizes, order);
+    combine_arrays<T>(BinaryKind::add, to, to_strides, shift, each, to, to_strides, output.sizes, order);
+    if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
+  }
+
+ private:
+  int64_t dims_;
+  KnownNorm<T> norm_;
+  Activation activation_;
+};
 
 constexpr double kSoftmaxWork = 30;  // floating-point operations an element
 
 template <class T>
 class SoftmaxLayer : public Layer<T> {
  public:
-  SoftmaxLayer(const ProgramLine& line, const Weights<T>&) : logarithm_(line.flag("logarithm")) {
+  SoftmaxLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), dim_(line.integer("dim", -16, 15)), logarithm_(line.flag("logarithm")) {
     this->inputs = {line.input("input")};
-    if (line.integer("dim", -16, 15) != -1) line.refuse("expected its last dimension");
   }
   void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(!site.sizes(0).empty(), "softmax of a value without dimensions");
+    dimension_of(line_, dim_, site.sizes(0).size());
     site.outputs[0].sizes = site.sizes(0);
   }
   void run(const LayerCall<T>& call) const override {
+    const Ints& sizes = call.site.sizes(0);
+    const size_t d = dimension_of(line_, dim_, sizes.size()), last = sizes.size() - 1;
+    if (d == last) return run_rows(call.input(0), sizes, call.output(0));
+    // The dimension changes places with the last one, and back.
+    const ValueType& value = call.site.inputs[0];
+    Ints strides = value.strides(), turned = sizes;
+    std::swap(strides[d], strides[last]);
+    std::swap(turned[d], turned[last]);
+    const std::vector<size_t> order = memory_order(sizes.size(), false);
+    const Scratch<T> rows(value.count());
+    const Ints dense = ValueType{turned}.strides();
+    copy_array(call.input(0), strides, rows.get(), dense, turned, order);
+    run_rows(rows.get(), turned, rows.get());
+    Ints back = dense;
+    std::swap(back[d], back[last]);
+    copy_array<T>(rows.get(), back, call.output(0), value.strides(), sizes, order);
+  }
+
+ private:
+  void run_rows(const T* from, const Ints& sizes, T* to) const {
     const auto& kernels = elementwise_kernels().get<T>();
-    const int64_t count = call.site.sizes(0).back(), rows = call.site.inputs[0].count() / std::max<int64_t>(count, 1);
+    const int64_t count = sizes.back(), rows = product(sizes, 0, sizes.size() - 1);
     parallel_range(rows, kSoftmaxWork * static_cast<double>(count), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        kernels.softmax(call.input(0) + row * count, count, logarithm_, call.output(0) + row * count);
+        kernels.softmax(from + row * count, count, logarithm_, to + row * count);
       }
     });
   }
 
- private:
+  ProgramLine line_;
+  int64_t dim_;
   bool logarithm_;
 };
 
@@ -38,8 +105,8 @@ class LayerNormLayer : public Layer<T> {
   LayerNormLayer(const ProgramLine& line, const Weights<T>& weights) : epsilon_(line.real("epsilon")) {
     this->inputs = {line.input("input")};
     features_ = line.integer("features", 1, int64_t{1} << 40);
-    weight_ = weights.of(line, "weight", Ints{features_});
-    bias_ = weights.of(line, "bias", Ints{features_});
+    weight_ = of_features(line, weights, "weight");
+    bias_ = of_features(line, weights, "bias");
   }
   // The features may take several dimensions, the last ones.
   void set_sizes(Site<T>& site) const override {
@@ -61,11 +128,33 @@ class LayerNormLayer : public Layer<T> {
   }
 
  private:
+  const T* of_features(const ProgramLine& line, const Weights<T>& weights, const char* name) const {
+    if (!line.has(name)) return nullptr;
+    const auto& weight = weights.of(line, name);
+    if (product(weight.sizes, 0, weight.sizes.size()) != features_) {
+      line.refuse("expected its ", name, " to have ", features_, " elements, got size ", to_string(weight.sizes));
+    }
+    return weight.data;
+  }
+
   double epsilon_;
   int64_t features_;
   const T *weight_, *bias_;
 };
 
+inline LayerEntry batch_norm_entry() {
+  return layer_entry<BatchNormLayer>("batch_norm", {"input", "mean?", "variance?", "weight?", "bias?"},
+                                     {{"dims", "int", nullptr},
+                                      {"trains", "bool", "1"},
+                                      {"momentum", "float", "0.1"},
+                                      {"epsilon", "float", "1e-05"},
+                                      {"activation", "activation", "identity"},
+                                      {"pool", "ints", "1"},
+                                      {"pool_stride", "ints", ""},
+                                      {"pool_padding", "ints", "0"},
+                                      {"pool_dilation", "ints", "1"},
+                                      {"ceil_mode", "bool", "0"}});
+}
 inline LayerEntry softmax_entry() {
   return layer_entry<SoftmaxLayer>("softmax", {"input"}, {{"logarithm", "bool", "0"}, {"dim", "int", "-1"}});
 }

@@ -1,4 +1,4 @@
-// max_pool, avg_pool and mean: layers that make one element of several.
+// max_pool, avg_pool, adaptive_avg_pool and mean: layers that make one element of several.
 #pragma once
 
 #include <cmath>
@@ -218,6 +218,59 @@ using MaxPoolLayer = PoolLayer<T, false>;
 template <class T>
 using AvgPoolLayer = PoolLayer<T, true>;
 
+// Divides each dimension of an image into so many parts and averages each part, as torch's adaptive pools do.
+template <class T>
+class AdaptiveAverageLayer : public Layer<T> {
+ public:
+  AdaptiveAverageLayer(const ProgramLine& line, const Weights<T>&) : parts_(line.integers("sizes", 1, kMostSize)) {
+    this->inputs = {line.input("input")};
+    if (parts_.empty() || parts_.size() > 3) line.refuse("expected one to three sizes");
+  }
+  void set_sizes(Site<T>& site) const override {
+    Ints sizes = site.sizes(0);
+    FASTNN_CHECK(sizes.size() == parts_.size() + 2, "expected ", parts_.size() + 2, "D images, got size ",
+                 to_string(sizes));
+    for (size_t d = 0; d < parts_.size(); ++d) {
+      FASTNN_CHECK(sizes[2 + d] > 0, "expected images of at least one pixel, got size ", to_string(sizes));
+      sizes[2 + d] = parts_[d];
+    }
+    site.outputs[0].sizes = sizes;
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto& kernels = elementwise_kernels().get<T>();
+    int64_t in[3] = {1, 1, 1}, out[3] = {1, 1, 1};
+    const size_t ahead = 3 - parts_.size();
+    for (size_t d = 0; d < parts_.size(); ++d) {
+      in[ahead + d] = call.site.sizes(0)[2 + d];
+      out[ahead + d] = parts_[d];
+    }
+    const int64_t pixels = in[0] * in[1] * in[2], cells = out[0] * out[1] * out[2];
+    const int64_t planes = call.site.outputs[0].count() / cells;
+    parallel_range(planes, static_cast<double>(pixels + 8 * cells), [&](int64_t first, int64_t last) {
+      for (int64_t i = first * cells; i < last * cells; ++i) {
+        const int64_t at[3] = {i % cells / (out[1] * out[2]), i / out[2] % out[1], i % out[2]};
+        int64_t begin[3], end[3];
+        for (int d = 0; d < 3; ++d) {
+          begin[d] = at[d] * in[d] / out[d];
+          end[d] = ((at[d] + 1) * in[d] + out[d] - 1) / out[d];
+        }
+        const T* const plane = call.input(0) + i / cells * pixels;
+        T sum = 0;
+        for (int64_t z = begin[0]; z < end[0]; ++z) {
+          for (int64_t y = begin[1]; y < end[1]; ++y) {
+            sum += kernels.sum(plane + (z * in[1] + y) * in[2] + begin[2], end[2] - begin[2]);
+          }
+        }
+        const int64_t count = (end[0] - begin[0]) * (end[1] - begin[1]) * (end[2] - begin[2]);
+        call.output(0)[i] = sum / static_cast<T>(count);
+      }
+    });
+  }
+
+ private:
+  Ints parts_;
+};
+
 // The mean or the sum over some dimensions. A mean over all pixels of an image takes either format.
 template <class T>
 class MeanLayer : public Layer<T> {
@@ -326,6 +379,9 @@ inline LayerEntry avg_pool_entry() {
                                     {"stride", "ints", ""},
                                     {"padding", "ints", "0"},
                                     {"count_include_pad", "bool", "1"}});
+}
+inline LayerEntry adaptive_avg_entry() {
+  return layer_entry<AdaptiveAverageLayer>("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}});
 }
 inline LayerEntry mean_entry() {
   return layer_entry<MeanLayer>("mean", {"input"},

@@ -31,17 +31,24 @@ class RnnLayer : public Layer<T> {
   }
 
   void set_sizes(Site<T>& site) const override {
-    const Ints& input = site.sizes(0);
-    FASTNN_CHECK(input.size() == 3 && input[2] == weights_[0].input_size, "expected an rnn's input to be 3D with ",
-                 weights_[0].input_size, " features, got size ", to_string(input));
+    const bool is_one = site.sizes(0).size() == 2;
+    const Ints input = with_batch(site.sizes(0));
+    FASTNN_CHECK(input.size() == 3 && input[2] == weights_[0].input_size,
+                 "expected an rnn's input to be 2D or 3D with ", weights_[0].input_size, " features, got size ",
+                 to_string(site.sizes(0)));
+    FASTNN_CHECK(!(is_one && last_ && batch_first_), "expected a batch in front of the steps, of which one is chosen");
     FASTNN_CHECK(length(input) > 0, "Expected sequence length to be larger than 0 in RNN");
-    const int64_t count = network_.layers * network_.directions, batch = this->batch(input);
-    const Ints states[2] = {{count, batch, network_.outputs()}, {count, batch, network_.hidden}};
+    const int64_t count = network_.layers * network_.directions, batch = this->batch(input), width = network_.width();
+    const auto state = [&](int64_t features) { return is_one ? Ints{count, features} : Ints{count, batch, features}; };
+    const Ints states[2] = {state(network_.outputs()), state(network_.hidden)};
     for (size_t i = 1; i < site.inputs.size(); ++i) {
       FASTNN_CHECK(site.sizes(i) == states[i - 1], "Expected hidden size ", to_string(states[i - 1]), ", got ",
                    to_string(site.sizes(i)));
     }
-    site.outputs[0].sizes = last_ ? Ints{batch, network_.width()} : Ints{input[0], input[1], network_.width()};
+    Ints output = site.sizes(0);
+    output.back() = width;
+    if (last_) output = is_one ? Ints{width} : Ints{batch, width};
+    site.outputs[0].sizes = output;
     for (size_t i = 1; i < site.outputs.size(); ++i) site.outputs[i].sizes = states[i - 1];
   }
 
@@ -71,7 +78,7 @@ class RnnLayer : public Layer<T> {
       next += kernels.packed_size(network_, own.input_size);
     }
 
-    const Ints& sizes = call.site.sizes(0);
+    const Ints sizes = with_batch(call.site.sizes(0));
     const int64_t length = this->length(sizes), batch = this->batch(sizes), in = weights_[0].input_size;
     const int64_t step = batch_first_ ? in : checked_product(batch, in);
     std::vector<RnnStep> steps;
@@ -167,6 +174,11 @@ class RnnLayer : public Layer<T> {
     parts.run(false, h, network.mode == RnnMode::lstm ? c : nullptr, scratch.get());
   }
 
+  // The sizes of an input. A sequence by itself, of two dimensions, gets a batch of one.
+  Ints with_batch(Ints sizes) const {
+    if (sizes.size() == 2) sizes.insert(sizes.begin() + (batch_first_ ? 0 : 1), 1);
+    return sizes;
+  }
   int64_t length(const Ints& input) const { return input[batch_first_ ? 1 : 0]; }
   int64_t batch(const Ints& input) const { return input[batch_first_ ? 0 : 1]; }
 

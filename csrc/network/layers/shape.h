@@ -1,4 +1,4 @@
-// reshape, permute, slice, cat and pad: layers that only move elements.
+// Layers that only move elements: views, permutations, parts of a value, joined values and padding.
 #pragma once
 
 #include <limits>
@@ -92,35 +92,133 @@ class ReshapeLayer : public Layer<T> {
   std::vector<Size> sizes_;
 };
 
+// All dimensions from one to another become one.
 template <class T>
-class PermuteLayer : public Layer<T> {
+class FlattenLayer : public Layer<T> {
  public:
-  PermuteLayer(const ProgramLine& line, const Weights<T>&) {
+  FlattenLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), start_(line.integer("start_dim", -16, 15)), end_(line.integer("end_dim", -16, 15)) {
     this->inputs = {line.input("input")};
-    const Ints given = line.integers("dims", 0, 15);
-    std::vector<bool> seen(given.size());
-    for (const int64_t d : given) {
-      if (static_cast<size_t>(d) >= seen.size() || seen[static_cast<size_t>(d)]) line.refuse("dims are no permutation");
-      seen[static_cast<size_t>(d)] = true;
-      dims_.push_back(static_cast<size_t>(d));
+  }
+  bool is_view(const Site<T>&) const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    Ints& result = site.outputs[0].sizes;
+    if (sizes.empty()) return result.push_back(1);
+    const size_t first = dimension_of(line_, start_, sizes.size()), last = dimension_of(line_, end_, sizes.size());
+    FASTNN_CHECK(first <= last, "flatten() has invalid args: start_dim cannot come after end_dim");
+    result.assign(sizes.begin(), sizes.begin() + static_cast<ptrdiff_t>(first));
+    result.push_back(product(sizes, first, last + 1));
+    result.insert(result.end(), sizes.begin() + static_cast<ptrdiff_t>(last) + 1, sizes.end());
+  }
+  void run(const LayerCall<T>&) const override {}
+
+ private:
+  ProgramLine line_;
+  int64_t start_, end_;
+};
+
+// squeeze and unsqueeze: take out a dimension if it has one element, or put one in.
+template <class T, bool adds>
+class SingleDimLayer : public Layer<T> {
+ public:
+  SingleDimLayer(const ProgramLine& line, const Weights<T>&) : line_(line), dim_(line.integer("dim", -16, 15)) {
+    this->inputs = {line.input("input")};
+  }
+  bool is_view(const Site<T>&) const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    Ints& result = site.outputs[0].sizes;
+    result = site.sizes(0);
+    const auto place = result.begin() + static_cast<ptrdiff_t>(dimension_of(line_, dim_, result.size() + adds));
+    if constexpr (adds) {
+      result.insert(place, 1);
+    } else if (*place == 1) {
+      result.erase(place);
     }
   }
+  void run(const LayerCall<T>&) const override {}
+
+ private:
+  ProgramLine line_;
+  int64_t dim_;
+};
+template <class T>
+using SqueezeLayer = SingleDimLayer<T, false>;
+template <class T>
+using UnsqueezeLayer = SingleDimLayer<T, true>;
+
+// Elements in the order in which they are. Formats are the network's own affair, so that there is nothing to do.
+template <class T>
+class ContiguousLayer : public Layer<T> {
+ public:
+  ContiguousLayer(const ProgramLine& line, const Weights<T>&) { this->inputs = {line.input("input")}; }
+  FormatRule formats() const override { return FormatRule::alike; }
+  bool is_view(const Site<T>&) const override { return true; }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  void run(const LayerCall<T>&) const override {}
+};
+
+// Dimensions in another order.
+template <class T>
+class ReorderLayer : public Layer<T> {
+ public:
+  explicit ReorderLayer(const ProgramLine& line) : line_(line) { this->inputs = {line.input("input")}; }
   void set_sizes(Site<T>& site) const override {
-    FASTNN_CHECK(site.sizes(0).size() == dims_.size(), "expected ", dims_.size(), " dimensions to permute, got size ",
-                 to_string(site.sizes(0)));
-    for (const size_t d : dims_) site.outputs[0].sizes.push_back(site.sizes(0)[d]);
+    for (const size_t d : order(site.sizes(0).size())) site.outputs[0].sizes.push_back(site.sizes(0)[d]);
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType& output = call.site.outputs[0];
     const Ints own = call.site.inputs[0].strides();
     Ints strides;
-    for (const size_t d : dims_) strides.push_back(own[d]);
+    for (const size_t d : order(own.size())) strides.push_back(own[d]);
     copy_array(call.input(0), strides, call.output(0), output.strides(), output.sizes,
-               memory_order(dims_.size(), false));
+               memory_order(strides.size(), false));
+  }
+
+ protected:
+  // The dimensions of the input in the order of the output.
+  virtual std::vector<size_t> order(size_t rank) const = 0;
+  const ProgramLine line_;
+};
+
+template <class T>
+class PermuteLayer : public ReorderLayer<T> {
+ public:
+  PermuteLayer(const ProgramLine& line, const Weights<T>&) : ReorderLayer<T>(line) {
+    for (const int64_t dim : line.integers("dims", -16, 15)) dims_.push_back(dim);
+    std::vector<bool> seen(dims_.size());
+    for (const size_t d : order(dims_.size())) seen[d] = true;
+    if (std::find(seen.begin(), seen.end(), false) != seen.end()) line.refuse("dims are no permutation");
+  }
+
+ protected:
+  std::vector<size_t> order(size_t rank) const override {
+    FASTNN_CHECK(rank == dims_.size(), "expected ", dims_.size(), " dimensions to permute, got ", rank);
+    std::vector<size_t> result;
+    for (const int64_t dim : dims_) result.push_back(dimension_of(this->line_, dim, rank));
+    return result;
   }
 
  private:
-  std::vector<size_t> dims_;
+  Ints dims_;
+};
+
+template <class T>
+class TransposeLayer : public ReorderLayer<T> {
+ public:
+  TransposeLayer(const ProgramLine& line, const Weights<T>&)
+      : ReorderLayer<T>(line), first_(line.integer("first", -16, 15)), second_(line.integer("second", -16, 15)) {}
+
+ protected:
+  std::vector<size_t> order(size_t rank) const override {
+    std::vector<size_t> result(rank);
+    for (size_t d = 0; d < rank; ++d) result[d] = d;
+    std::swap(result[dimension_of(this->line_, first_, rank)], result[dimension_of(this->line_, second_, rank)]);
+    return result;
+  }
+
+ private:
+  int64_t first_, second_;
 };
 
 // Elements [start, stop) of a dimension, every step-th. As in Python, numbers below 0 count from the end.
@@ -163,6 +261,106 @@ class SliceLayer : public Layer<T> {
 
   ProgramLine line_;
   int64_t dim_, start_, stop_, step_;
+};
+
+// One element of a dimension, without the dimension.
+template <class T>
+class SelectLayer : public Layer<T> {
+ public:
+  SelectLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), dim_(line.integer("dim", -16, 15)), index_(line.integer("index", -kFar, kFar)) {
+    this->inputs = {line.input("input")};
+  }
+  bool is_view(const Site<T>& site) const override {
+    return site.sizes(0)[dimension_of(line_, dim_, site.sizes(0).size())] == 1;
+  }
+  void set_sizes(Site<T>& site) const override {
+    Ints sizes = site.sizes(0);
+    const size_t d = dimension_of(line_, dim_, sizes.size());
+    FASTNN_CHECK(index_ >= -sizes[d] && index_ < sizes[d], "select(): index ", index_,
+                 " out of range for tensor of size ", to_string(sizes), " at dimension ", d);
+    sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(d));
+    site.outputs[0].sizes = sizes;
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+    const size_t d = dimension_of(line_, dim_, input.sizes.size());
+    Ints strides = input.strides();
+    const T* const from = call.input(0) + (index_ < 0 ? index_ + input.sizes[d] : index_) * strides[d];
+    strides.erase(strides.begin() + static_cast<ptrdiff_t>(d));
+    copy_array(from, strides, call.output(0), output.strides(), output.sizes, memory_order(strides.size(), false));
+  }
+
+ private:
+  static constexpr int64_t kFar = int64_t{1} << 40;
+  ProgramLine line_;
+  int64_t dim_, index_;
+};
+
+// Splits a dimension into parts: into as many as torch.chunk makes ("chunks"), parts of one size ("size"), parts of
+// several sizes ("sizes"), or single elements without the dimension ("unbind").
+template <class T>
+class SplitLayer : public Layer<T> {
+ public:
+  SplitLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line),
+        dim_(line.integer("dim", -16, 15)),
+        chunks_(line.integer("chunks", 0, kMostSize)),
+        size_(line.integer("size", 0, int64_t{1} << 40)),
+        sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
+        unbinds_(line.flag("unbind")),
+        count_(line.outputs.size()) {
+    this->inputs = {line.input("input")};
+  }
+  FormatRule formats() const override { return unbinds_ ? FormatRule::contiguous : FormatRule::alike; }
+  bool unbinds() const { return unbinds_; }
+  size_t dimension(size_t rank) const { return dimension_of(line_, dim_, rank); }
+  // The elements of each part along the dimension, of which there are `whole`.
+  Ints parts(int64_t whole) const {
+    Ints result = sizes_;
+    if (result.empty()) {
+      const int64_t each = std::max<int64_t>(unbinds_ ? 1 : chunks_ ? (whole + chunks_ - 1) / chunks_ : size_, 1);
+      const auto count = static_cast<int64_t>(count_);
+      FASTNN_CHECK(whole / each <= count, "a dimension of ", whole, " elements has more than ", count, " such parts");
+      for (int64_t first = 0; first < whole; first += each) result.push_back(std::min(each, whole - first));
+    }
+    int64_t sum = 0;
+    for (const int64_t part : result) sum = checked_sum(sum, part);
+    FASTNN_CHECK(sum == whole && result.size() == count_, "a dimension of ", whole, " elements does not split into ",
+                 count_, " such parts");
+    return result;
+  }
+  void set_sizes(Site<T>& site) const override {
+    Ints sizes = site.sizes(0);
+    const size_t d = dimension(sizes.size());
+    const Ints parts = this->parts(sizes[d]);
+    if (unbinds_) sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(d));
+    for (size_t i = 0; i < count_; ++i) {
+      if (!unbinds_) sizes[d] = parts[i];
+      site.outputs[i].sizes = sizes;
+    }
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType& input = call.site.inputs[0];
+    const size_t d = dimension(input.sizes.size());
+    Ints strides = input.strides();
+    const T* from = call.input(0);
+    const int64_t step = strides[d];
+    if (unbinds_) strides.erase(strides.begin() + static_cast<ptrdiff_t>(d));
+    for (size_t i = 0; i < count_; ++i) {
+      const ValueType& output = call.site.outputs[i];
+      copy_array(from, strides, call.output(i), output.strides(), output.sizes,
+                 memory_order(strides.size(), output.channels_last()));
+      from += step * (unbinds_ ? 1 : output.sizes[d]);
+    }
+  }
+
+ private:
+  ProgramLine line_;
+  int64_t dim_, chunks_, size_;
+  Ints sizes_;
+  bool unbinds_;
+  size_t count_;
 };
 
 template <class T>
@@ -270,8 +468,34 @@ class PadLayer : public Layer<T> {
 inline LayerEntry reshape_entry() {
   return layer_entry<ReshapeLayer>("reshape", {"input", "like*"}, {{"sizes", "ints", ""}});
 }
+inline LayerEntry flatten_entry() {
+  return layer_entry<FlattenLayer>("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}});
+}
+inline LayerEntry squeeze_entry() {
+  return layer_entry<SqueezeLayer>("squeeze", {"input"}, {{"dim", "int", nullptr}});
+}
+inline LayerEntry unsqueeze_entry() {
+  return layer_entry<UnsqueezeLayer>("unsqueeze", {"input"}, {{"dim", "int", nullptr}});
+}
+inline LayerEntry contiguous_entry() {
+  return layer_entry<ContiguousLayer>("contiguous", {"input"}, {});
+}
 inline LayerEntry permute_entry() {
   return layer_entry<PermuteLayer>("permute", {"input"}, {{"dims", "ints", nullptr}});
+}
+inline LayerEntry transpose_entry() {
+  return layer_entry<TransposeLayer>("transpose", {"input"}, {{"first", "int", nullptr}, {"second", "int", nullptr}});
+}
+inline LayerEntry select_entry() {
+  return layer_entry<SelectLayer>("select", {"input"}, {{"dim", "int", nullptr}, {"index", "int", nullptr}});
+}
+inline LayerEntry split_entry() {
+  return layer_entry<SplitLayer>("split", {"input"},
+                                 {{"dim", "int", "0"},
+                                  {"chunks", "int", "0"},
+                                  {"size", "int", "0"},
+                                  {"sizes", "ints", ""},
+                                  {"unbind", "bool", "0"}});
 }
 inline LayerEntry slice_entry() {
   return layer_entry<SliceLayer>(

@@ -61,34 +61,10 @@ inline std::vector<LayerEntry> training_entries() {
     return LayerEntry{name, std::move(inputs), std::move(attributes), nullptr, nullptr};
   };
   return {
-      entry("batch_norm", {"input", "mean?", "variance?", "weight?", "bias?"},
-            {{"dims", "int", nullptr},
-             {"trains", "bool", "1"},
-             {"momentum", "float", "0.1"},
-             {"epsilon", "float", "1e-05"},
-             {"activation", "activation", "identity"},
-             {"pool", "ints", "1"},
-             {"pool_stride", "ints", ""},
-             {"pool_padding", "ints", "0"},
-             {"pool_dilation", "ints", "1"},
-             {"ceil_mode", "bool", "0"}}),
       entry("exp", {"input"}, {}),
       entry("dropout", {"input"}, {{"p", "float", nullptr}}),
       entry("noise", {"input"}, {}),
-      entry("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}}),
       entry("matmul", {"input", "other"}, {}),
-      entry("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}}),
-      entry("squeeze", {"input"}, {{"dim", "int", nullptr}}),
-      entry("unsqueeze", {"input"}, {{"dim", "int", nullptr}}),
-      entry("transpose", {"input"}, {{"first", "int", nullptr}, {"second", "int", nullptr}}),
-      entry("contiguous", {"input"}, {}),
-      entry("select", {"input"}, {{"dim", "int", nullptr}, {"index", "int", nullptr}}),
-      entry("split", {"input"},
-            {{"dim", "int", "0"},
-             {"chunks", "int", "0"},
-             {"size", "int", "0"},
-             {"sizes", "ints", ""},
-             {"unbind", "bool", "0"}}),
   };
 }
 

@@ -6,100 +6,42 @@
 
 namespace fastnn {
 
-// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes.
-template <class T>
-class ResizingTraining : public UnaryTraining<T> {
+// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes, which the layer of inference computes.
+template <class T, template <class> class Kind>
+class ViewTraining : public TrainingLayer<T> {
  public:
-  using UnaryTraining<T>::UnaryTraining;
+  explicit ViewTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
   void forward(Tensor* outputs) override {
-    own_ = sizes_of(this->input());
-    outputs[0] = under(this->input(), new_sizes(own_));
+    Site<T> site;
+    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
+    site.outputs.resize(1);
+    layer_.set_sizes(site);
+    outputs[0] = under(this->given[0], site.outputs[0].sizes);
   }
-  Tensor gradient_of(const Tensor& gradient) override {
-    kept_ = gradient;
-    return under(kept_, own_);
+  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[0]) return;
+    kept_ = gradients[0];
+    results[0].tensor = under(kept_, sizes_of(this->given[0]));
   }
   void forget() override { kept_ = Tensor(); }
-
- protected:
-  virtual Ints new_sizes(const Ints& sizes) const = 0;
 
  private:
   static Tensor under(const Tensor& tensor, const Ints& sizes) {
     // (Faster than torch's own where the elements lie in their order.)
     return tensor.is_contiguous() ? as_sizes(data<T>(tensor), sizes) : reshaped(tensor, sizes);
   }
-  Ints own_;
+  Kind<T> layer_;
   Tensor kept_;
 };
-
 template <class T>
-class FlattenTraining : public ResizingTraining<T> {
- public:
-  explicit FlattenTraining(const ProgramLine& line)
-      : ResizingTraining<T>(line), start_(line.integer("start_dim", -16, 15)), end_(line.integer("end_dim", -16, 15)) {}
-
- protected:
-  Ints new_sizes(const Ints& sizes) const override {
-    if (sizes.empty()) return {1};
-    const int64_t first = wrap_dim(start_, sizes.size()), last = wrap_dim(end_, sizes.size());
-    FASTNN_CHECK(first <= last, kTrainingStep, ": flatten() has invalid args: start_dim cannot come after end_dim");
-    Ints result(sizes.begin(), sizes.begin() + first);
-    result.push_back(product(sizes, static_cast<size_t>(first), static_cast<size_t>(last) + 1));
-    result.insert(result.end(), sizes.begin() + last + 1, sizes.end());
-    return result;
-  }
-
- private:
-  int64_t start_, end_;
-};
-
-// squeeze and unsqueeze: take out a dimension of one element, or put one in.
-template <class T, bool adds>
-class SingleDimTraining : public ResizingTraining<T> {
- public:
-  explicit SingleDimTraining(const ProgramLine& line) : ResizingTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
-
- protected:
-  Ints new_sizes(const Ints& sizes) const override {
-    Ints result = sizes;
-    const auto place = result.begin() + wrap_dim(dim_, sizes.size() + adds);
-    if constexpr (adds) {
-      result.insert(place, 1);
-    } else if (*place == 1) {
-      result.erase(place);
-    }
-    return result;
-  }
-
- private:
-  int64_t dim_;
-};
+using ReshapeTraining = ViewTraining<T, ReshapeLayer>;
 template <class T>
-using SqueezeTraining = SingleDimTraining<T, false>;
+using FlattenTraining = ViewTraining<T, FlattenLayer>;
 template <class T>
-using UnsqueezeTraining = SingleDimTraining<T, true>;
-
-// Sizes are numbers, -1 for one that follows from the others, or "value.dimension": see ReshapeLayer.
+using SqueezeTraining = ViewTraining<T, SqueezeLayer>;
 template <class T>
-class ReshapeTraining : public TrainingLayer<T> {
- public:
-  explicit ReshapeTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
-  void forward(Tensor* outputs) override {
-    Site<T> site;
-    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
-    site.outputs.resize(1);
-    layer_.set_sizes(site);
-    outputs[0] = reshaped(this->given[0], site.outputs[0].sizes);
-  }
-  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
-  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    if (wanted[0]) results[0].tensor = reshaped(gradients[0], sizes_of(this->given[0]));
-  }
-
- private:
-  ReshapeLayer<T> layer_;
-};
+using UnsqueezeTraining = ViewTraining<T, UnsqueezeLayer>;
 
 template <class T>
 class PermuteTraining : public UnaryTraining<T> {
@@ -175,40 +117,22 @@ class SliceTraining : public UnaryTraining<T> {
   int64_t dim_, start_, stop_, step_;
 };
 
-// Splits a dimension into parts: into as many as torch.chunk makes ("chunks"), parts of one size ("size"), parts of
-// several sizes ("sizes"), or single elements without the dimension ("unbind").
 template <class T>
 class SplitTraining : public TrainingLayer<T> {
  public:
-  explicit SplitTraining(const ProgramLine& line)
-      : dim_(line.integer("dim", -16, 15)),
-        chunks_(line.integer("chunks", 0, kMostSize)),
-        size_(line.integer("size", 0, int64_t{1} << 40)),
-        sizes_(line.integers("sizes", 0, int64_t{1} << 40)),
-        unbinds_(line.flag("unbind")),
-        count_(line.outputs.size()) {
-    this->inputs = {line.input("input")};
+  explicit SplitTraining(const ProgramLine& line) : layer_(line, Weights<T>()) {
+    this->inputs = layer_.inputs;
+    count_ = line.outputs.size();
   }
 
   void forward(Tensor* outputs) override {
     const Tensor& input = this->given[0];
-    const Ints all = sizes_of(input);
-    place_ = wrap_dim(dim_, all.size());
-    const int64_t whole = all[static_cast<size_t>(place_)];
-    parts_ = sizes_;
-    if (parts_.empty()) {
-      int64_t each = unbinds_ ? 1 : chunks_ ? (whole + chunks_ - 1) / chunks_ : size_;
-      each = std::max<int64_t>(each, 1);
-      for (int64_t first = 0; first < whole; first += each) parts_.push_back(std::min(each, whole - first));
-    }
-    int64_t sum = 0;
-    for (const int64_t part : parts_) sum = checked_sum(sum, part);
-    FASTNN_CHECK(sum == whole && parts_.size() == count_, kTrainingStep, ": a dimension of ", whole,
-                 " elements does not split into ", count_, " such parts");
+    place_ = static_cast<int64_t>(layer_.dimension(static_cast<size_t>(input.dim())));
+    parts_ = layer_.parts(input.size(place_));
     int64_t first = 0;
     for (size_t i = 0; i < count_; ++i) {
-      outputs[i] = unbinds_ ? stock("aten::select", "int", input, place_, first)
-                            : stock("aten::narrow", "", input, place_, first, parts_[i]);
+      outputs[i] = layer_.unbinds() ? stock("aten::select", "int", input, place_, first)
+                                    : stock("aten::narrow", "", input, place_, first, parts_[i]);
       first += parts_[i];
     }
   }
@@ -219,7 +143,7 @@ class SplitTraining : public TrainingLayer<T> {
     for (size_t i = 0; i < count_; ++i) {
       sizes[static_cast<size_t>(place_)] = parts_[i];
       if (gradients[i].defined()) {
-        parts.push_back(unbinds_ ? stock("aten::unsqueeze", "", gradients[i], place_) : Tensor(gradients[i]));
+        parts.push_back(layer_.unbinds() ? stock("aten::unsqueeze", "", gradients[i], place_) : Tensor(gradients[i]));
       } else {
         parts.push_back(new_tensor(sizes, kDtypeOf<T>));
         std::fill_n(mutable_data<T>(parts.back()), parts.back().numel(), T(0));
@@ -229,9 +153,7 @@ class SplitTraining : public TrainingLayer<T> {
   }
 
  private:
-  int64_t dim_, chunks_, size_;
-  Ints sizes_;
-  bool unbinds_;
+  SplitLayer<T> layer_;
   size_t count_;
   int64_t place_ = 0;  // the dimension, counted from the first
   Ints parts_;

@@ -1,4 +1,4 @@
-"""Fused models under autograd: stretches of layers that are one function each."""
+"""Stretches of a fused model's layers: under autograd one function each, in inference one call each."""
 
 import copy
 import gc
@@ -17,14 +17,14 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
-from fastnn.graph import recorded
+from fastnn.graph import stretches
 from fastnn.ops import network_training
 
 
 @pytest.fixture(autouse=True)
 def all_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a function of each stretch, however small."""
-    monkeypatch.setattr(recorded, "_LEAST_COST", 1)
+    monkeypatch.setattr(stretches, "_LEAST_COST", 1)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def _pair(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> 
 
 def _networks(model: nn.Module) -> list[str]:
     """The programs of the functions that the model's forward has become."""
-    found = model.forward.traces[model.training][0]._recorded  # type: ignore[attr-defined]
+    found = model.forward.traces[model.training][0]._stretched.get(True)  # type: ignore[attr-defined]
     return [] if found is None else list(found.networks)
 
 
@@ -587,3 +587,150 @@ def test_flat_weights_that_a_user_has_changed(how: str) -> None:
         model.rnn._flat_weights[0] = own.clone()  # type: ignore[union-attr]
     train()
     train()
+
+
+# ---- inference --------------------------------------------------------------------------------------------------
+
+
+def _called(model: nn.Module, *inputs: Tensor) -> tuple[Any, list[str]]:
+    """What a model gives in inference, and the operators of ours that it has run."""
+    model(*inputs)
+    with torch.profiler.profile() as profile:
+        found = model(*inputs)
+    return found, [event.name for event in profile.events() if event.name.startswith("fastnn::")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "memory_format"), CASES)
+@torch.no_grad()
+def test_inference(name: str, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    make, sizes = MODELS[name]
+    stock, fused = (model.eval() for model in _pair(make, dtype))
+    close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-3}
+    torch.manual_seed(1)
+    for _ in range(3):
+        for batch in (sizes[0], 1, sizes[0] + 1):
+            x = torch.randn(batch, *sizes[1:], dtype=dtype).to(memory_format=memory_format)
+            expected, given = stock(x), x.clone(memory_format=torch.preserve_format)
+            assert_close(fused(x), expected, **close)
+            assert torch.equal(x, given)
+            for one, other in zip(_tensors(fused(x)), _tensors(expected), strict=True):
+                assert one.is_contiguous() or not other.is_contiguous()
+        for model in (stock, fused):  # in ways that no version counts
+            torch.manual_seed(7)
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data.mul_(0.5 + torch.rand(tensor.shape, dtype=dtype))
+    with torch.inference_mode():
+        assert_close(fused(x), stock(x), **close)
+
+
+class _Norms(nn.Module):
+    """Batch norms behind all that a network folds them into, and behind what it does not."""
+
+    def __init__(self, dims: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        conv, transposed = getattr(nn, f"Conv{dims}d"), getattr(nn, f"ConvTranspose{dims}d")
+        norm, self.pool = getattr(nn, f"BatchNorm{dims}d"), getattr(nn, f"MaxPool{dims}d")(2, 1)
+        self.a, self.a_norm = conv(4, 6, 3, padding=1, groups=groups, bias=bias), norm(6)
+        self.b, self.b_norm = transposed(6, 8, 3, padding=1, groups=groups, bias=bias), norm(8, affine=False)
+        self.c, self.c_norm = conv(8, 8, 1, groups=groups, bias=bias), norm(8, eps=0.3)
+        self.d_norm, self.e_norm = norm(8), norm(8)
+        self.act = nn.ELU(0.7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.pool(F.relu(self.a_norm(self.a(x))))
+        x = self.act(self.b_norm(self.b(x)))
+        y = self.c(x)
+        return self.pool(F.relu(self.d_norm(y))), self.e_norm(self.c_norm(y) + x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@torch.no_grad()
+def test_norms_in_inference(dims: int, groups: int, bias: bool) -> None:
+    stock, fused = (model.eval() for model in _pair(lambda: _Norms(dims, groups, bias)))
+    x = torch.randn(3, 4, *[5, 6, 7][:dims], dtype=torch.float64)
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64) + 0.1)
+    found, called = _called(fused, x)
+    assert called == ["fastnn::network_unpacked"]
+    assert_close(found, stock(x), rtol=1e-9, atol=1e-9)
+    for model in (stock, fused):
+        model.a_norm.running_var[0], model.d_norm.running_mean[1] = -1.0, torch.inf
+    assert_close(fused(x), stock(x), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@torch.no_grad()
+def test_sums_that_broadcast_in_inference() -> None:
+    """A convolution adds values of its own size; others it refuses, and then the sum is a layer."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y + y.mean((2, 3), keepdim=True)) + m.c(x)
+
+    layers = {name: nn.Conv2d(inputs, 4, 3, padding=1) for name, inputs in (("a", 3), ("b", 4), ("c", 3))}
+    stock, fused = (model.eval() for model in _pair(lambda: By(forward, **layers)))
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        found, called = _called(fused, x)
+        assert called == ["fastnn::network_unpacked"]
+        assert_close(found, stock(x))
+
+
+@torch.no_grad()
+def test_results_that_share_memory_in_inference() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.tanh(m.a(x))
+        first, second = m.b(y).chunk(2, 1)
+        return y, y[:, 1:], first * second
+
+    stock, fused = (
+        model.eval() for model in _pair(lambda: By(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 4)))
+    )  # fmt: skip
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(0)
+        whole, part, rest = model(torch.randn(3, 4, dtype=torch.float64))
+        part.zero_()
+        results.append((whole, part, rest))
+    assert_close(*results)
+
+
+@torch.no_grad()
+def test_training_mode_without_gradients() -> None:
+    """Dropout draws and batch norms count as in stock."""
+    make: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 5), nn.Dropout()
+    )
+    stock, fused = _pair(make)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(4)
+        results.append((model(x), model(x), torch.rand(2)))
+    assert_close(*results)
+    assert_close(fused.state_dict(), stock.state_dict())
+
+
+@torch.no_grad()
+def test_what_inference_refuses_runs_layer_by_layer() -> None:
+    stock, fused = (model.eval() for model in _pair(_two_layers, torch.float32))
+    for x in (torch.randn(6, 4), torch.randn(0, 4), torch.randn(4, 6).t(), torch.randn(2, 6, 4)[1]):
+        assert_close(fused(x), stock(x))
+    for bad in (torch.randn(6, 5), torch.randn(6, 4).double(), torch.randn(())):
+        words = []
+        for model in (stock, fused):
+            with pytest.raises(RuntimeError) as raised:
+                model(bad)
+            words.append(str(raised.value))
+        assert words[0] == words[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(fused(x), stock(x), rtol=2e-2, atol=2e-2)
+    for model in (stock, fused):
+        model.bfloat16()
+    assert_close(fused(x.bfloat16()), stock(x.bfloat16()), rtol=2e-2, atol=2e-2)

@@ -1,9 +1,12 @@
-"""A fused graph under autograd: each stretch of its nodes that a network can train is one function of autograd.
+"""Stretches of a fused graph: nodes that are layers of a network, which run in one call.
+
+Under autograd each stretch is one function, forward in one call and backward in another. In inference it is one call
+of an operator, which folds batch norms into convolutions and chooses how values lie in memory.
 
 Between stretches are the borders: nodes that are no layers of a network, which torch runs. A stretch has all layers
 with the same number of borders on the longest path that leads to them, so that no path from one of them to another
-passes a border. What the model returns is a border too for the layers that take it: a caller may ask for gradients with
-respect to it.
+passes a border. Under autograd, what the model returns is a border too for the layers that take it: a caller may ask
+for gradients with respect to it.
 """
 
 from __future__ import annotations
@@ -13,29 +16,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, fx, is_grad_enabled, nn
+from torch import Tensor, fx, nn
 from torch.fx import Graph, Node
 
 from fastnn._torch import saved_tensors_are_hooked
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
-from fastnn.graph.training_layers import VIEWS, NotANetworkError, Reader, used_lines
-from fastnn.network_program import Line, Value, write
+from fastnn.graph.rewriting import rewrite_unpacked
+from fastnn.graph.training_layers import VIEWS, NotANetworkError, Reader, acts, used_lines
+from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.ops._autograd import is_plain, wants_gradient
-from fastnn.ops.network_training import TrainedNetwork, train_network
+from fastnn.ops.network import InferredNetwork
+from fastnn.ops.network_training import TrainedNetwork
 
 # What a node costs that a stretch does not pay, in calls of torch's functions, forward and backward. A function of
 # autograd that is written in Python costs 30 us, one of torch's own about 6, and the stretch itself about 60. A batch
 # norm and a max-pool are torch's slowest functions, which go through contiguous images pixel by pixel.
 _COST_IN_PYTHON, _COST_OF_SLOW, _LEAST_COST = 5, 4, 11
 _SLOW = frozenset({"batch_norm", "max_pool"})
+_LEAST_CALLS = 2  # that a stretch takes the place of in inference
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
 
 @dataclass
-class Recorded:
+class Stretched:
     """The graph as Python: ``function(module, module, *inputs, *tensors)``, with the tensors of `sources`."""
 
     function: Callable[..., Any]
@@ -43,7 +49,7 @@ class Recorded:
     guard: Guard
     networks: list[str]  # the programs
 
-    def mapped(self, of: Callable[[Any], Any]) -> Recorded:
+    def mapped(self, of: Callable[[Any], Any]) -> Stretched:
         """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
         return replace(self, sources=[(of(own), name) for own, name in self.sources], guard=self.guard.mapped(of))
 
@@ -52,7 +58,7 @@ class Recorded:
 
 
 class NetworkCall:
-    """Runs a stretch: as a network where a gradient is recorded, else its layers one by one.
+    """Runs a stretch: as a network, or its layers one by one where the network's operator does not take the call.
 
     It is called with the module and the values that the stretch takes. `places` has the places among these values of
     the program's inputs and parameters, `counters` those of batch norms' counters. `same` has pairs of places whose
@@ -64,7 +70,7 @@ class NetworkCall:
 
     def __init__(
         self,
-        program: TrainedNetwork,
+        program: TrainedNetwork | InferredNetwork,
         places: Sequence[int],
         same: Sequence[tuple[int, int]],
         counters: Sequence[int],
@@ -76,18 +82,17 @@ class NetworkCall:
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
 
     def __call__(self, module: Any, *values: Any) -> Any:
-        if is_grad_enabled():
-            tensors = [values[place] for place in self.places]
-            if self._may_run_at_once(tensors, values):
-                try:
-                    outputs = train_network(self.program, tensors)
-                except RuntimeError:  # the layers have words of their own for it
-                    dims = self._dims(tensors)
-                    self._refused[dims] = self._refused.get(dims, 0) + 1
-                else:
-                    for place in self.counters:
-                        values[place].add_(1)
-                    return outputs
+        tensors = [values[place] for place in self.places]
+        if self._may_run_at_once(tensors, values):
+            try:
+                outputs = self.program.run(tensors)
+            except RuntimeError:  # the layers have words of their own for it
+                dims = self._dims(tensors)
+                self._refused[dims] = self._refused.get(dims, 0) + 1
+            else:
+                for place in self.counters:
+                    values[place].add_(1)
+                return outputs
         if self._one_by_one is None:
             self._one_by_one = compiled(self._layers, f"<layers of {type(module).__name__}>")
         return self._one_by_one(module, values)
@@ -96,9 +101,12 @@ class NetworkCall:
         return tuple([one.dim() for one in tensors[: self.program.inputs]])
 
     def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
-        number = tensors[-1]
-        for one in tensors[: self.program.inputs]:
+        program, number = self.program, tensors[-1]
+        infers = isinstance(program, InferredNetwork)
+        for one in tensors[: program.inputs]:
             if type(one) is not Tensor or not one.is_cpu:
+                return False
+            if isinstance(program, InferredNetwork) and not program.takes(one):
                 return False
             if one.is_floating_point():
                 number = one
@@ -107,7 +115,9 @@ class NetworkCall:
                 return False
         if self._refused and self._refused.get(self._dims(tensors), 0) >= _MOST_REFUSALS:
             return False
-        return is_plain(number) and wants_gradient(*tensors) and not saved_tensors_are_hooked()
+        if not is_plain(number) or wants_gradient(*tensors) is infers:
+            return False
+        return infers or not saved_tensors_are_hooked()
 
 
 def compiled(graph: Graph, file: str) -> Callable[..., Any]:
@@ -124,26 +134,34 @@ class _Stretch:
     nodes: list[Node] = field(default_factory=list)  # those that add lines
     lines: list[Line] = field(default_factory=list)
     counters: list[tuple[Any, Any]] = field(default_factory=list)
-    cost: int = 0
+    cost: int = 0  # of a training's calls
+    calls: int = 0
 
 
-def record(
-    graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module]
-) -> Recorded | None:
-    """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`. Returns None where no
-    stretch is worth a call."""
+def find_stretches(
+    graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module], trains: bool
+) -> Stretched | None:
+    """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`, for autograd if it
+    `trains`, else for inference. Returns None where no stretch is worth a call."""
     drop_unused_parts(graph, modules)
-    returned = set(graph.output_node().all_input_nodes)
+    returned = set(graph.output_node().all_input_nodes) if trains else set()
     while True:
-        reading = _Reading(graph, sources, len(names), modules, returned)
+        reading = _Reading(graph, sources, len(names), modules, returned, trains)
         if not reading.read():
             return None
         # Several nodes may be one value, such as an activation and nn.Identity of it.
         values = {reading.reader.values[node] for node in returned if node in reading.reader.values}
         alike = {node for node, value in reading.reader.values.items() if value in values}
         if alike <= returned:
-            return reading.recorded()
+            return reading.stretched()
         returned |= alike
+
+
+class _TrainsError(Exception):
+    """A layer draws random numbers, or changes statistics."""
+
+
+_PARAMETERS = frozenset({"weight", "bias", "mean", "variance", "weights"})
 
 
 class _Reading:
@@ -156,8 +174,9 @@ class _Reading:
         inputs: int,
         modules: dict[str, nn.Module],
         returned: set[Node],
+        trains: bool,
     ) -> None:
-        self.graph, self.sources, self.modules = graph, list(sources), modules
+        self.graph, self.sources, self.modules, self.trains = graph, list(sources), modules, trains
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.inputs = placeholders[:inputs]
         self.order = Order(graph, modules)
@@ -189,6 +208,10 @@ class _Reading:
             reader.draws = False
             try:
                 self._read_layer(node, is_border)
+                if not self.trains:
+                    self._check_inference(reader.lines[count:])
+            except _TrainsError:
+                return False
             except NotANetworkError:
                 del reader.lines[count:], reader.counters[counted:]
                 if node in self.order.writes:
@@ -208,7 +231,21 @@ class _Reading:
                 if reader.counters[counted:]:
                     self.stretches[level].counters += reader.counters[counted:]
             levels[node] = level
-        return any(stretch.cost >= _LEAST_COST for stretch in self.stretches.values())
+        return any(map(self._is_worth_a_call, self.stretches.values()))
+
+    def _is_worth_a_call(self, stretch: _Stretch) -> bool:
+        return stretch.cost >= _LEAST_COST if self.trains else stretch.calls >= _LEAST_CALLS
+
+    def _check_inference(self, lines: Sequence[Line]) -> None:
+        """Raises where a network has no such layers in inference, or would have to change something."""
+        for line in lines:
+            if acts(line):
+                raise _TrainsError
+            if not KINDS[line.layer].infers:
+                raise NotANetworkError(f"{line.layer} is a layer of training alone")
+            for name in _PARAMETERS & line.inputs.keys():
+                if any(value.tensor is None for value in line.inputs[name]):
+                    raise NotANetworkError(f"a {line.layer} has a {name} that is computed")
 
     def _is_returned(self, node: Node) -> bool:
         return node in self.returned and node.op != "placeholder"
@@ -228,6 +265,7 @@ class _Reading:
             stretch.cost += _COST_OF_SLOW
         elif any(line.layer not in VIEWS for line in lines):
             stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else 1
+        stretch.calls += any(line.layer not in VIEWS for line in lines)
         for line in lines:
             self.level_of.update(dict.fromkeys(line.outputs, level))
 
@@ -238,7 +276,7 @@ class _Reading:
 
     # ---- and what becomes of it --------------------------------------------------------------------------------------
 
-    def recorded(self) -> Recorded | None:
+    def stretched(self) -> Stretched | None:
         """Writes the graph anew, with a call for each stretch."""
         self.guard = self.reader.guard
         self.node_of: dict[Value, Node] = {}  # the first node that is this value
@@ -249,7 +287,7 @@ class _Reading:
         for node, parts in self.reader.parts.items():
             for value, path in _paths(parts):
                 self.parts.setdefault(value, (node, path))
-        self.chosen = {level for level, stretch in self.stretches.items() if stretch.cost >= _LEAST_COST}
+        self.chosen = {level for level, stretch in self.stretches.items() if self._is_worth_a_call(stretch)}
         while True:
             needed = self._needed()
             unfit = {level for level in self.chosen if not self._fits(level, needed.get(level, []))}
@@ -278,7 +316,7 @@ class _Reading:
                 self._copy(node)
         self.new.output(fx.node.map_arg(self.output.args[0], self._copy))
         self.guard.seal()
-        return Recorded(compiled(self.new, "<recorded>"), self.new_sources, self.guard, networks)
+        return Stretched(compiled(self.new, "<stretches>"), self.new_sources, self.guard, networks)
 
     def _needed(self) -> dict[int, list[Value]]:
         """For each chosen stretch, the values that others take."""
@@ -329,15 +367,22 @@ class _Reading:
         return needed
 
     def _fits(self, level: int, needed: Sequence[Value]) -> bool:
-        """Whether a stretch gives something, and nothing that shares the memory of what it takes."""
+        """Whether a stretch gives something, and nothing that shares memory with what it takes or with its other
+        results. (The parts of a split lie side by side.)"""
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
+        pieces: set[Value] = set()
         for value in needed:
-            line = maker[value]
-            while line.layer in VIEWS and line.inputs["input"][0] in maker:
-                line = maker[line.inputs["input"][0]]
-            if line.layer in VIEWS:
+            piece = value
+            while maker[value].layer in VIEWS:
+                piece = value if maker[value].layer == "split" else piece
+                value = maker[value].inputs["input"][0]
+                if value not in maker:
+                    return False
+            piece = piece if maker[piece].layer == "split" else value
+            if piece in pieces:
                 return False
+            pieces.add(piece)
         return bool(needed)
 
     def _place_tensors(self) -> None:
@@ -379,7 +424,12 @@ class _Reading:
         made = {value for line in lines for value in line.outputs}
         given = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
         dtypes = ["int64" if value in reader.integers else "" for value in given]
-        text, tensors = write([(value, "") for value in given], lines, results, dtypes)
+        program: TrainedNetwork | InferredNetwork
+        if self.trains:
+            text, tensors = write([(value, "") for value in given], lines, results, dtypes)
+            program = TrainedNetwork(text)
+        else:
+            program, tensors = _inferred(given, lines, results, dtypes)
         arguments = _Arguments(self)
         places = [arguments.place_of(value) for value in given]
         first = {id(own[name]): (own, name) for own, name in reversed(reader.sources)}
@@ -390,11 +440,11 @@ class _Reading:
             same += [(place, other) for other in others if other != place]
         counters = [arguments.place_of_tensor(own, name) for own, name in stretch.counters]
         layers = self._layers_of(level, results, arguments)
-        call = NetworkCall(TrainedNetwork(text), [*places, *of_tensors], same, counters, layers)
+        call = NetworkCall(program, [*places, *of_tensors], same, counters, layers)
         node = self.new.call_function(call, (self.root, *arguments.nodes))
         for number, value in enumerate(results):
             self.values[value] = self.new.call_function(operator.getitem, (node, number))
-        return text
+        return program.text
 
     def _layers_of(self, level: int, results: Sequence[Value], arguments: _Arguments) -> Graph:
         """The layers of a stretch one by one: a graph that takes the tuple of the arguments and gives a tuple."""
@@ -437,6 +487,21 @@ class _Reading:
             outputs.append(part)
         graph.output(tuple(outputs))
         return graph
+
+
+def _inferred(
+    given: Sequence[Value], lines: Sequence[Line], results: Sequence[Value], dtypes: Sequence[str]
+) -> tuple[InferredNetwork, list[Tensor]]:
+    """The network of these lines in inference, and its parameters."""
+    tensors: list[Tensor] = []
+    texts = []
+    inputs = [(value, f"{{{place}}}") for place, value in enumerate(given)]
+    for addends in (True, False):
+        text, some = write(inputs, rewrite_unpacked(lines, results, addends), results, dtypes)
+        tensors = tensors or some
+        place_of = {id(tensor): place for place, tensor in enumerate(tensors)}
+        texts.append((text, [place_of[id(tensor)] for tensor in some]))
+    return InferredNetwork(len(given), texts if texts[0][0] != texts[1][0] else texts[:1]), tensors
 
 
 class _Arguments:
