@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -94,9 +94,12 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         inputs = tuple(inputs[0])  # as fuse and freeze take them
     is_fused = _is_fused(model)
     model = copied(model) if is_fused else fuse(copied(model))
-    stretches, inferred = (tuple(stretches_of(model, trains)) for trains in (True, False))
     if not inputs:
-        return Explanation(tuple(account_for(model)), is_fused, stretches, inferred)
+        return Explanation(tuple(account_for(model)), is_fused, *_stretches_of(model))
+    traces_of(model)
+    if any(getattr(module.__dict__.get("forward"), "asks_for_sizes", False) for module in model.modules()):
+        with leaving_no_trace(), torch.no_grad():
+            model(*cloned(inputs))  # which traces it for these sizes
     recorder = _Recorder()
     hooks = []
     in_traces = {layer for trace in traces_of(model).values() if trace for layer in trace.called}
@@ -114,7 +117,12 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     called = list(dict.fromkeys(recorder.calls))  # a cell in a loop makes the same call many times
     seen = {name for call in called for name in call.layer.split(", ")}
     rows = called + [row for row in account_for(model) if not row.operator and row.layer not in seen]
-    return Explanation(tuple(rows), is_fused, stretches, inferred)
+    return Explanation(tuple(rows), is_fused, *_stretches_of(model))
+
+
+def _stretches_of(model: nn.Module) -> Iterator[tuple[tuple[str, ...], ...]]:
+    for trains in (True, False):
+        yield tuple(stretches_of(model, trains))
 
 
 def _is_fused(model: nn.Module) -> bool:

@@ -648,6 +648,8 @@ _ARITHMETIC = (
 def _write(value: Any, numbers: dict[Node, int]) -> Any:
     """Writes an argument as lists, tuples, strings and numbers. In place of a node stands its value's number."""
     if isinstance(value, Node):
+        if value not in numbers:  # such as a generator of random numbers
+            raise ValueError(f"freeze: a frozen model cannot hold {value}")
         return (_VALUE, numbers[value])
     if isinstance(value, _Leaf):
         return (_VALUE, value.place)

@@ -32,8 +32,10 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
     and recurrent layers become operators of fastnn; everything else, and what cannot be traced, stays as it is:
     :func:`fastnn.explain` lists all of it. Where gradients are recorded, each stretch of layers that
     :func:`fastnn.training_step` takes is one function of autograd, if it is worth one; where they are not, a stretch is
-    one call, which reads the parameters as they are. :func:`unfuse` gives the stock model back. Optimizers, trainers and what else holds the model go on working, as do checkpoints, ``copy.deepcopy``
-    and pickle. For a stock model beside the fused one, copy it first: ``fastnn.fuse(copy.deepcopy(model))``.
+    one call, which reads the parameters as they are. A forward that decides by sizes, or loops over a tensor, is
+    followed for the sizes that it is given. :func:`unfuse` gives the stock model back. Optimizers, trainers and what
+    else holds the model go on working, as do checkpoints, ``copy.deepcopy`` and pickle. For a stock model beside the
+    fused one, copy it first: ``fastnn.fuse(copy.deepcopy(model))``.
 
     Args:
         model: any module. Wrappers such as DistributedDataParallel come after ``fuse``.

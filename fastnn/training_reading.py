@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -19,7 +19,8 @@ class Reading:
     """A model as a network, and its loss in numbers. Raises NotANetworkError where the model is none, or where the
     operators do not support its parameters or the optimizer.
 
-    before: the last reading, whose trace is used again if it still holds.
+    before: the last reading, whose trace is used again if it still holds. inputs: with them, a model whose forward asks
+    for sizes is read for inputs of these sizes.
     """
 
     _forward: Any  # the model's own forward when it was read
@@ -31,15 +32,18 @@ class Reading:
         loss: Callable[[Any, Any], Tensor],
         optimizer: torch.optim.Optimizer,
         before: Reading | None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> None:
         forward: Any = model.__dict__.get("forward")
         if any(model.__dict__[name] for name in HOOKS):
             raise NotANetworkError("the model has hooks")
         trace: Trace | None
-        if before is not None and forward is before._forward and before._trace.holds():
+        if before is not None and forward is before._forward and before.fits(inputs or ()) and before._trace.holds():
             trace = before._trace
+        elif isinstance(forward, FusedForward):
+            trace = forward.trace(now=inputs is None, inputs=inputs)
         else:
-            trace = forward.trace(now=True) if isinstance(forward, FusedForward) else None
+            trace = None
         if trace is None:
             raise NotANetworkError(getattr(forward, "why", None) or "the model cannot be traced")
         check_optimizer(optimizer)
@@ -58,6 +62,14 @@ class Reading:
                 raise NotANetworkError("the model returns several tensors")
         except NotANetworkError as reason:
             self.loss_why = str(reason)
+
+    @property
+    def is_for_any_sizes(self) -> bool:
+        return self._trace.sizes is None
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the network is the model for inputs of these sizes."""
+        return self._trace.fits(inputs)
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the network reads, as the model has them now. Raises KeyError where one is gone."""

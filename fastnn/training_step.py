@@ -331,6 +331,8 @@ class TrainingStep:
         if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
             return None
         inputs, target = batches.inputs, batches.targets[0]
+        if self._reading is None or not self._reading.is_for_any_sizes:
+            return None
         if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
             return None
         if self._why_not_due(inputs[0] if self._count == 1 else tuple(inputs), target) or not self._is_bound():
@@ -364,15 +366,15 @@ class TrainingStep:
 
     # ---- what the one call rests on -------------------------------------------------------------------------------
 
-    def _read(self, anew: bool = False) -> None:
-        """Finds out whether operators can make steps of the model, loss and optimizer as they are now. anew: trace the
-        model again."""
+    def _read(self, anew: bool = False, inputs: Sequence[Tensor] | None = None) -> None:
+        """Finds out whether operators can make steps of the model, loss and optimizer as they are now, and with inputs
+        of these sizes. anew: trace the model again."""
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
         self._forget()
         try:
-            self._reading = Reading(self.model, self.loss, self._optimizer, before)
+            self._reading = Reading(self.model, self.loss, self._optimizer, before, inputs)
         except NotANetworkError as reason:
             self._why = str(reason)
 
@@ -392,27 +394,27 @@ class TrainingStep:
         if self._is_unread_copy:
             self._read()
         reading = self._reading
-        if reading is None:
+        if reading is None and not getattr(self.model.__dict__.get("forward"), "asks_for_sizes", False):
             return self._why
         inputs = (input,) if self._count == 1 else input if isinstance(input, (tuple, list)) else ()
-        if len(inputs) != reading.network.inputs:
+        if len(inputs) != (self._count if reading is None else reading.network.inputs):
             return "it was not given as many inputs as the model takes"
         for one in inputs:
             if type(one) is not Tensor or not one.is_cpu or one.requires_grad:
                 return "its input was no plain tensor on the CPU, or one that requires a gradient"
-        if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
-            return "its target was no plain tensor, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or any(global_optimizer_hooks) or torch.is_anomaly_enabled():
             return "there were hooks of all modules or optimizers, or anomalies were looked for"
-        if not reading.holds(self.loss):
-            self._read()
+        if reading is None or not reading.fits(inputs) or not reading.holds(self.loss):
+            self._read(inputs=inputs)
             reading = self._reading
             if reading is None:
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
+        if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
+            return "its target was no plain tensor, or one that requires a gradient"
         optimizer = self._optimizer
         if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # UsedGradients
             return "the optimizer had hooks"

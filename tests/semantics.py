@@ -509,6 +509,25 @@ BACKBONES = [
                             "rnn$:rnn head$:linear")),
     *_entries(r"state = h * 0.1\nfor _ in range(2): state = self.cell$(h, state)\nh = self.head$(state)",
               "self.cell$ = nn.GRUCell(8, 8); self.head$ = nn.Linear(8, 8)", "", "cell$:rnn head$:linear"),
+    # What a forward does with sizes, of which some change.
+    *_entries(r"""s = h[:, :3]\nfor t in range(h.size(1) // 2): s = self.cell$(h[:, 2 * t : 2 * t + 2], s)\nh += s.sum()
+              s = None\nfor v in h.split(2, dim=1): s = self.cell$(v, s)\nh = self.head$(s)
+              out = []\nfor v in h.view(-1, 4, 2).unbind(1): out.append(self.cell$(v))\nh = self.head$(out[2])
+              out = []\nfor v in h.view(-1, 4, 2).transpose(0, 1): out.append(self.cell$(v))\nh = h + sum(out).sum()""",
+              "self.cell$ = nn.GRUCell(2, 3); self.head$ = nn.Linear(3, 8)",
+              "@.cell$ = nn.GRUCell(2, 3).double() || @.cell$.hidden_size = 3", "cell$:rnn head$:linear"),
+    *_entries(r"""h = torch.stack([self.a$(v) for v in h]) || h = h + len(h)
+              h = h * (2.0 if len(h) > 3 else 0.5)
+              z = self.a$(h)\nh = h + z if z.shape == h.shape else h - z.sum(1, keepdim=True)
+              z = self.a$(h)\nif z.size(1) < h.size(1): z = F.pad(z, [0, h.size(1) - z.size(1)])\nh = h + z[:, :8]
+              z = self.a$(h)\nfor i in range(z.dim()): h = h * z.shape[i] / 8
+              z = self.a$(h)\nz.unsqueeze_(0)\nh = h * z.dim() || z = self.a$(h).numel()\nh = h * (z / 8)""",
+              "self.a$ = nn.Linear(8, 8)",
+              """@.a$ = nn.Linear(8, 3).double() || @.a$.bias = nn.Parameter(torch.zeros(1).double())
+              @.a$.weight = nn.Parameter(torch.ones(4, 8).double()); @.a$.bias = None""", "a$:linear"),
+    *_entries(r"z = self.p$(self.a$(h).unsqueeze(1))\nh = h + z.mean() if z.shape[-1] > 3 else h - z.mean()",
+              "self.a$ = nn.Linear(8, 8); self.p$ = nn.MaxPool1d(2)",
+              "@.p$.kernel_size = 4 || @.p$.stride = 3 || @.p$.padding = 1", "p$:pool"),
 ]
 
 _PLAIN = ("x", "h = x", ("x",))

@@ -77,9 +77,9 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     traced: list[nn.Module] = []
     trace = forwards.trace
 
-    def noting(module: nn.Module) -> Any:
+    def noting(module: nn.Module, *inputs: Any) -> Any:
         traced.append(module)
-        return trace(module)
+        return trace(module, *inputs)
 
     monkeypatch.setattr(forwards, "trace", noting)
     monkeypatch.setattr(alike, "_kinds", OrderedDict())  # nothing is kept as yet

@@ -47,11 +47,19 @@ class TestBadInput:
 
     @pytest.mark.parametrize("rows", [5, 500])
     def test_a_single_layer_in_training(self, rows: int) -> None:
-        """Small ones are stock's, which takes a weight (in) and a bias (1) that are none of the operator's."""
+        """Small ones are stock's, which takes a weight (in) that is none of the operator's."""
         x, weight, bias = make_chain(rows, (6, 7))
-        for bad in ((weight[0], bias[0]), (weight, bias[:1]), (weight, bias[:6]), (weight.double(), bias)):
+        for bad in ((weight[0], bias[0]), (weight, bias[:6]), (weight.double(), bias)):
             with pytest.raises(RuntimeError):
                 mlp(x.requires_grad_(), bad[:1], bad[1:], "identity")
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_a_bias_of_one_element(self, requires_grad: bool) -> None:
+        """PyTorch broadcasts it."""
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        x.requires_grad_(requires_grad)
+        found = mlp(x, weights, [biases[0][:1], biases[1]], "relu")
+        assert torch.equal(found, mlp(x, weights, [biases[0][:1].expand(7).clone(), biases[1]], "relu"))
 
     def test_lists_that_do_not_fit(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))

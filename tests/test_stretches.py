@@ -734,3 +734,24 @@ def test_what_inference_refuses_runs_layer_by_layer() -> None:
     for model in (stock, fused):
         model.bfloat16()
     assert_close(fused(x.bfloat16()), stock(x.bfloat16()), rtol=2e-2, atol=2e-2)
+
+
+def test_a_stale_trace_is_not_read() -> None:
+    """A module that has changed since it was traced is traced anew before its stretches are read."""
+
+    def swap(model: Any) -> None:
+        model[0], model[4] = model[4], model[0]
+
+    make: Callable[[], nn.Module] = lambda: nn.Sequential(  # noqa: E731
+        nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)
+    )
+    stock, fused = (model.eval() for model in _pair(make))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(fused(x), stock(x))
+    for model in (stock, fused):
+        swap(model)
+    for _ in range(2):
+        _compare(stock, fused, [x], 1e-9)
+        with torch.no_grad():
+            assert_close(fused(x), stock(x))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
 
-from fastnn._torch import functions_are_watched, is_tracing
+from fastnn._torch import functions_are_watched, is_tracing, transforms_active
 from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join_heads
@@ -209,15 +209,16 @@ class _Code:
 
 class Trace:
     """The trace of a module's forward, with its matches fused. ``run(module, *inputs, *tensors)`` computes what the
-    forward does, as long as the guard holds."""
+    forward does, as long as the guard holds: with any inputs, or with inputs of the same sizes as those given."""
 
-    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
+    def __init__(self, module: nn.Module, left: dict[Any, str], inputs: Sequence[Tensor] | None = None) -> None:
         forward: Any = type(module).forward
         self.names = input_names(forward)
         # A decorated forward may tell arguments by position from those by name.
         anything = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
         self.takes_keywords = not forward.__code__.co_flags & anything and not hasattr(forward, "__wrapped__")
-        self.stock_graph, tracer = trace(module)
+        self.stock_graph, tracer = trace(module, inputs)
+        self.sizes = None if inputs is None else [one.shape for one in inputs]  # None: it is for any inputs
         self.guard = tracer.guard
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
         self.modules = dict(module.named_modules())
@@ -245,6 +246,10 @@ class Trace:
         self.holds = self.guard.holds
         self.kind: Kind | None = None  # what is kept of it for modules that are alike
         self._stretched: dict[bool, Stretched | None] = {}  # by whether autograd records
+
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the trace is for inputs of these sizes."""
+        return self.sizes is None or [one.shape for one in inputs] == self.sizes
 
     @classmethod
     def of(cls, module: nn.Module, left: dict[Any, str]) -> Trace:
@@ -279,10 +284,12 @@ class Trace:
 
     def stretched(self, module: nn.Module, trains: bool) -> Stretched | None:
         """What runs in place of the trace, under autograd if it `trains`, else in inference; None where the trace
-        itself is as good."""
+        itself is as good, or the module is no longer what was traced."""
         is_read = trains in self._stretched
         if is_read and ((known := self._stretched[trains]) is None or known.guard.holds()):
             return known
+        if not self.holds():
+            return None
         kind, parts = self.kind, Parts(module)
         is_alike = kind is not None and kind_of(parts) is kind
         found: Stretched | None = None
@@ -345,7 +352,7 @@ def may_hold_layers(module: nn.Module) -> bool:
 class FusedForward(FusedModule):
     """Runs a module's trace. Without one it runs the module's own forward, whose layers may be fused themselves."""
 
-    __slots__ = ("_begin", "_spent", "traces", "tries", "why")
+    __slots__ = ("_begin", "_spent", "asks_for_sizes", "traces", "tries", "why")
 
     def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
         super().__init__(module, left)
@@ -355,6 +362,7 @@ class FusedForward(FusedModule):
         # The traces by training mode, the one used last in front.
         self.traces: dict[bool, tuple[Trace, ...]] = {True: (), False: ()}
         self.why: str | None = None  # the reason why there is no trace
+        self.asks_for_sizes = False  # whether there may be traces for inputs of certain sizes alone
         self.tries = 0
         self._begin, self._spent = time.monotonic(), 0.0  # seconds: the start, and the time that tracing has taken
 
@@ -377,8 +385,8 @@ class FusedForward(FusedModule):
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)
-        if not trace.holds():
-            trace = self.trace()
+        if not trace.holds() or not trace.fits(args):
+            trace = self.trace(inputs=args)
             if trace is None:
                 return self.stock(*args)
             stretched = self._stretches_of(trace)
@@ -404,7 +412,8 @@ class FusedForward(FusedModule):
         """The trace for such arguments, or None, and the arguments in the order of its inputs."""
         if any(isinstance(arg, fx.Proxy) for arg in args):
             return None, args, kwargs
-        trace = self.trace()
+        of_tensors = not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        trace = self.trace(inputs=args if of_tensors else None)
         if trace is None or len(args) + len(kwargs) != len(trace.names):
             return None, args, kwargs
         if kwargs and not trace.takes_keywords:
@@ -414,22 +423,23 @@ class FusedForward(FusedModule):
             return None, args, kwargs
         return trace, (*args, *(kwargs[name] for name in names)), {}
 
-    def trace(self, now: bool = False) -> Trace | None:
-        """The trace for the state that the module is in. Where the forward could not be traced, or differs at each
-        call, tracing is tried again, since something may have changed: more and more seldom, unless `now`."""
+    def trace(self, now: bool = False, inputs: Sequence[Tensor] | None = None) -> Trace | None:
+        """The trace for the state that the module is in, and for inputs like these. Where the forward could not be
+        traced, or differs at each call, tracing is tried again, since something may have changed: more and more
+        seldom, unless `now`."""
         traces = self.traces[self.module.training]
         for known in traces:
-            if known.holds():
+            if (inputs is None or known.fits(inputs)) and known.holds():
                 self.traces[self.module.training] = (known, *(one for one in traces if one is not known))
                 return known
         begin = time.monotonic()
-        free = _FREE_TRIES if self.why is None else 1
+        free = _FREE_TRIES if self.why is None or self.asks_for_sizes else 1
         if not now and self.tries >= free and self._spent > _MOST_TIME * (begin - self._begin):
             return None
         self.tries += 1
         trace: Trace | None = None
         try:
-            trace = Trace.of(self.module, self.left)
+            trace = self._trace_anew(inputs)
             self.why = None
         except UntraceableError as error:
             self.why = str(error)
@@ -437,6 +447,17 @@ class FusedForward(FusedModule):
         if trace is not None:
             self.traces[self.module.training] = (trace, *traces[: _MOST_TRACES - 1])
         return trace
+
+    def _trace_anew(self, inputs: Sequence[Tensor] | None) -> Trace:
+        """A trace for any inputs, or else for inputs of these sizes."""
+        try:
+            return Trace.of(self.module, self.left)
+        except UntraceableError as error:
+            self.asks_for_sizes = error.asks_for_sizes
+            # (While somebody writes down which operators run, or maps over a batch, sizes are more than numbers.)
+            if inputs is None or not error.asks_for_sizes or is_exporting() or is_tracing() or transforms_active():
+                raise
+        return Trace(self.module, self.left, inputs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

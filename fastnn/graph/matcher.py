@@ -196,7 +196,17 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
     settings_given = {name: value for name, value in given.items() if name not in is_tensor}
     if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(list(settings_given.values()))):
         return None  # a setting is known only during a call
+    if kind == "linear":
+        weight, bias = (_example(tensors_given.get(name)) for name in ("weight", "bias"))
+        if weight is not None and bias is not None and bias.numel() != len(weight):
+            return None  # the bias is broadcast
     return Layer(node, kind, input, tensors_given, settings_given)
+
+
+def _example(node: Any) -> Tensor | None:
+    """What Dynamo has found a node to be."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _is_usual_tensor(module: nn.Module, name: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fastnn.graph.order import in_place
+from fastnn.graph.sizes import SIZE_ATTRIBUTES, SIZE_METHODS
 from fastnn.graph.understood import ATTRIBUTES, WRITERS
 
 # The tracer of tracing.py, which imports this file.
@@ -45,6 +46,8 @@ class Traced(fx.Proxy):
         """A tensor's attribute, or one of a tuple with names that a function of torch gives."""
         if name in WRITERS or name.startswith("__"):
             self.tracer.refuse(f"it asks a tensor for {name}")
+        if name in SIZE_ATTRIBUTES and (known := self.tracer.size(self.node, name)) is not None:
+            return known
         if callable(getattr(Tensor, name, None)):
             return _Attribute(self, name)
         if name not in ATTRIBUTES:
@@ -62,7 +65,10 @@ class Traced(fx.Proxy):
         for instruction in dis.get_instructions(frame.f_code):
             if instruction.offset == frame.f_lasti and instruction.opname == "UNPACK_SEQUENCE":
                 return self.tracer.parts(self, instruction.argval)
-        return self.tracer.refuse("it loops over a tensor")
+        return self.tracer.all_parts(self)
+
+    def __len__(self) -> int:
+        return len(list(self.tracer.all_parts(self)))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.node("call_function", operator.setitem, (self, index, value))
@@ -108,6 +114,10 @@ class _Attribute(Traced):
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._called in SIZE_METHODS and not kwargs:
+            known = self.tracer.size(self._owner.node, self._called, args)
+            if known is not None:
+                return known
         return self.tracer.node("call_method", self._called, (self._owner, *args), kwargs)
 
 

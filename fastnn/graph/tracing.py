@@ -43,6 +43,7 @@ from fastnn._torch import HOOKS
 from fastnn.graph.guard import ABSENT, CONSTANTS, Guard, Held, is_constant
 from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import unpack
+from fastnn.graph.sizes import RESIZING_METHODS, Sizes
 from fastnn.graph.stand_ins import (
     ClassStandIn,
     FixedDict,
@@ -74,7 +75,12 @@ from fastnn.nn._hooks import layer_class, own_methods
 
 
 class UntraceableError(Exception):
-    """Raised while tracing, where the graph would not be what every call of the forward does."""
+    """Raised while tracing, where the graph would not be what every call of the forward does.
+
+    asks_for_sizes: whether the forward has asked for sizes, so that it may be traced for inputs of certain sizes.
+    """
+
+    asks_for_sizes = False
 
 
 class Fused:
@@ -85,11 +91,13 @@ class Fused:
 
 class Tracer(fx.Tracer):
     """Runs a module's forward in the world of stand-ins. `guard` holds what was read, `inlined` the modules whose
-    forwards were run, `tensors` a container and a key for each further input that the graph has."""
+    forwards were run, `tensors` a container and a key for each further input that the graph has. `sizes`: those of the
+    values, where the trace is for inputs of certain sizes."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, sizes: Sizes | None) -> None:
         super().__init__()
-        self.root = root
+        self.root, self.sizes = root, sizes
+        self.asks_for_sizes = False
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.guard = Guard()
         self.inlined: list[nn.Module] = []
@@ -102,6 +110,7 @@ class Tracer(fx.Tracer):
         self._stand_ins: dict[int, Any] = {}
         self._inputs: dict[tuple[int, Any], Traced] = {}
         self._has_maybe_none = self._asks_for_none = False
+        self._count = 0  # of the calls in a trace for certain sizes
         self._recomputed: set[int] = set()  # layers whose hooks have set attributes of theirs
         self._builtins: dict[str, Any] = {
             "isinstance": self._isinstance,
@@ -116,12 +125,17 @@ class Tracer(fx.Tracer):
         forward = self.function(_class_forward(self.root))
         names = input_names(type(self.root).forward)
         args = [self.node("placeholder", f"the_{n}" if n in _TAKEN else n, ()) for n in names]
+        if self.sizes is not None:
+            for place, arg in enumerate(args):
+                self.sizes.note_input(arg.node, place)
         self.inlined.append(self.root)
         self.guard.note_layer(self.root)
         result = forward(self.stand_in(Instance, self.root), *args)
         if self.refused is not None:
             raise self.refused
         self.graph.output(self.create_arg(self._given_back(result, set())))
+        if self.sizes is not None:
+            self.sizes.note_in(self.guard)
         return self.graph
 
     def refuse(self, why: str) -> NoReturn:
@@ -135,6 +149,23 @@ class Tracer(fx.Tracer):
     def node(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Traced:
         return self.create_proxy(op, target, args, kwargs or {})  # type: ignore[return-value]
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
+        made = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        if self.sizes is not None and kind in ("call_function", "call_method"):
+            self._count += 1
+            if self._count > _MOST_NODES:
+                self.refuse(f"it does more than {_MOST_NODES} things in a loop")
+            if getattr(target, "__name__", target) in RESIZING_METHODS or "out" in kwargs:
+                self.refuse("it changes a tensor's sizes")
+        return made
+
+    def size(self, node: fx.Node, name: str, args: Sequence[Any] = ()) -> Any:
+        """What a tensor says of its sizes, where the trace is for certain sizes; else None."""
+        self.asks_for_sizes = True
+        if self.sizes is None or not all(map(is_constant, args)):
+            return None
+        return self.sizes.answer(node, name, args)
+
     def proxy(self, node: fx.Node) -> Traced:
         return Traced(node, self)
 
@@ -142,6 +173,8 @@ class Tracer(fx.Tracer):
         if is_a(a, Traced):
             return a.node
         kind = type(a)
+        if kind is torch.Size:
+            a, kind = tuple(a), tuple
         if kind is FixedList or kind is FixedDict:
             a, kind = kind.__bases__[0](a), kind.__bases__[0]
         if kind is dict and not all(type(key) is str for key in a):
@@ -162,6 +195,16 @@ class Tracer(fx.Tracer):
         if not self._is_recurrent(value.node) or count != 2:
             value = self.node("call_function", unpack, (value, count))
         return iter([self.node("call_function", operator.getitem, (value, i)) for i in range(count)])
+
+    def all_parts(self, value: Traced) -> Iterator[Any]:
+        """``for part in value``."""
+        self.asks_for_sizes = True
+        count = None if self.sizes is None else self.sizes.parts(value.node)
+        if self.sizes is None or count is None:
+            self.refuse("it loops over a tensor")
+        if self.sizes.is_tensor(value.node):
+            value = self.node("call_function", torch.unbind, (value,))
+        return self.parts(value, count)
 
     def _is_recurrent(self, node: fx.Node) -> bool:
         """Whether a node gives a recurrent layer's two results, or an LSTM's two states."""
@@ -248,6 +291,8 @@ class Tracer(fx.Tracer):
             with self.graph.inserting_after(last):
                 self._inputs[place] = self.node("placeholder", f"fastnn_tensor_{len(self.tensors)}", ())
             self.tensors.append((container, key))
+            if self.sizes is not None:
+                self.sizes.note_tensor(self._inputs[place].node, container, key)
         return self._inputs[place]
 
     def _copy(self, container: Any) -> Any:
@@ -368,6 +413,8 @@ class Tracer(fx.Tracer):
             return self._input(held[name], (held, name))
         if place not in self._inputs:
             self._inputs[place] = self.node("get_attr", self._target(module, name), ())
+            if self.sizes is not None:
+                self.sizes.note_tensor(self._inputs[place].node, held, name)
         return self._inputs[place]
 
     def _target(self, module: nn.Module, *name: str) -> str:
@@ -569,7 +616,10 @@ class Tracer(fx.Tracer):
                     self.guard.note_instance(part, name, value)
             self.guard.note_contents(part.__dict__["_modules"])
         self.called.append(module)
-        return self.node("call_module", self._target(module), args, kwargs)
+        made = self.node("call_module", self._target(module), args, kwargs)
+        if self.sizes is not None:
+            self.sizes.note_layer(made.node, module)
+        return made
 
     def _call_inlined(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.guard.note_layer(module)
@@ -721,6 +771,7 @@ class Tracer(fx.Tracer):
 _GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 # Values whose attributes need not be noted.
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
+_MOST_NODES = 8192  # of a trace whose loops follow sizes
 # What the generated code has names of its own for.
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", *vars(builtins)})
 _MAY_GIVE_NONE = (F.multi_head_attention_forward, nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pack_sequence)
@@ -860,12 +911,15 @@ def _place_in_words(code: types.CodeType, line: int) -> str:
     return f" (line {line} of {os.path.basename(code.co_filename)}{shown})"
 
 
-def trace(module: nn.Module) -> tuple[fx.Graph, Tracer]:
+def trace(module: nn.Module, inputs: Sequence[Tensor] | None = None) -> tuple[fx.Graph, Tracer]:
     """What ``module`` does, as a graph of layers and functions, with the guard that it rests on. UntraceableError where
-    that cannot be told, for all calls that the guard lets pass, from one run."""
-    tracer = Tracer(module)
+    that cannot be told, for all calls that the guard lets pass, from one run. inputs: with them, what it does with
+    inputs of these sizes."""
+    tracer = Tracer(module, None if inputs is None else Sizes(inputs))
     try:
         graph = tracer.run()
     except Exception as error:  # whatever a forward may raise that is given stand-ins
-        raise UntraceableError(words_of(tracer.refused or error, tracer.codes)) from error
+        untraceable = UntraceableError(words_of(tracer.refused or error, tracer.codes))
+        untraceable.asks_for_sizes = tracer.asks_for_sizes
+        raise untraceable from error
     return graph, tracer

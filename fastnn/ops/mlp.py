@@ -181,7 +181,8 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], activations: 
     except NotImplementedError:  # only PyTorch computes with such tensors: DTensor, sparse, quantized
         pass
     except RuntimeError as error:  # a subclass may have no rule for the operator, as DTensor in torch 2.10
-        if type(input) is Tensor:
+        of_one = any(one.dim() == 1 and len(one) == 1 for one in parameters)  # a bias that PyTorch broadcasts
+        if type(input) is Tensor and not of_one:
             raise in_torchs_words(error, _reference, input, parameters, activations) from None
     return _reference(input, parameters, activations)
 
