@@ -755,3 +755,14 @@ def test_a_stale_trace_is_not_read() -> None:
         _compare(stock, fused, [x], 1e-9)
         with torch.no_grad():
             assert_close(fused(x), stock(x))
+
+
+@torch.no_grad()
+def test_wrong_inputs_do_not_count_as_refusals() -> None:
+    _, fused = _pair(_two_layers)
+    fused.eval()
+    for _ in range(5):
+        with pytest.raises(RuntimeError):
+            fused(torch.randn(6, 5, dtype=torch.float64))
+    _, called = _called(fused, torch.randn(6, 4, dtype=torch.float64))
+    assert called == ["fastnn::network_unpacked"]

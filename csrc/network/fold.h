@@ -43,7 +43,8 @@ template <class T>
 class Fold {
  public:
   // Adds the line's two results to the weights. They have values after `run`.
-  Fold(const ProgramLine& line, Weights<T>& weights) : norm_(line, weights), transposed_(line.flag("transposed")) {
+  Fold(const ProgramLine& line, Weights<T>& weights)
+      : line_(line.number), norm_(line, weights), transposed_(line.flag("transposed")) {
     if (line.outputs.size() != 2) line.refuse("expected to give a weight and a bias");
     const auto& weight = weights.of(line, "conv_weight");
     sizes_ = weight.sizes;
@@ -62,6 +63,7 @@ class Fold {
     weights.add(line.outputs[1], norm_memory_.get() + norm_.channels(), {norm_.channels()});
   }
 
+  int64_t line() const { return line_; }  // its number in the program
   void run() {
     T *const scale = norm_memory_.get(), *const shift = scale + norm_.channels();
     norm_.compute(scale, shift);
@@ -79,6 +81,7 @@ class Fold {
   }
 
  private:
+  int64_t line_;
   KnownNorm<T> norm_;
   bool transposed_;
   int64_t groups_;

@@ -108,7 +108,6 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
     FASTNN_CHECK(inputs[i].scalar_type() == ScalarType::Long, kind.op, ": expected input ", i, " to be int64");
   }
   const Kernels<T> kernels = Kernels<T>::active();
-  for (Fold<T>& fold : bound.network.folds) fold.run();
   PackedReader reader(packed, packed_bytes, kernels.isa, sizeof(T));
   const Plan<T>& plan = bound.plan_for(inputs, kernels);
   std::vector<Tensor> dense_inputs, outputs;
@@ -143,9 +142,15 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
     }
   }
   std::vector<void*> given;
+  std::vector<Fold<T>>& folds = bound.network.folds;
+  size_t next_fold = 0;
   for (size_t i = 0; i < network.steps.size(); ++i) {
     if (plan.is_idle[i]) continue;
     const Layer<T>& layer = *network.steps[i].layer;
+    // Just before the layer, which then finds the weights in cache.
+    for (; next_fold < folds.size() && folds[next_fold].line() < network.steps[i].line; ++next_fold) {
+      folds[next_fold].run();
+    }
     reader.begin_step(i);
     given.clear();
     for (const int64_t value : layer.inputs) given.push_back(at[value]);

@@ -79,23 +79,27 @@ class NetworkCall:
         self.program, self.places, self.same, self.counters = program, places, same, counters
         self._layers = layers
         self._one_by_one: Callable[..., Any] | None = None
-        self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
+        # How often the operator refused what the layers took, by the inputs' numbers of dimensions.
+        self._refused: dict[tuple[int, ...], int] = {}
 
     def __call__(self, module: Any, *values: Any) -> Any:
         tensors = [values[place] for place in self.places]
+        refused: tuple[int, ...] | None = None
         if self._may_run_at_once(tensors, values):
             try:
                 outputs = self.program.run(tensors)
             except RuntimeError:  # the layers have words of their own for it
-                dims = self._dims(tensors)
-                self._refused[dims] = self._refused.get(dims, 0) + 1
+                refused = self._dims(tensors)
             else:
                 for place in self.counters:
                     values[place].add_(1)
                 return outputs
         if self._one_by_one is None:
             self._one_by_one = compiled(self._layers, f"<layers of {type(module).__name__}>")
-        return self._one_by_one(module, values)
+        outputs = self._one_by_one(module, values)
+        if refused is not None:  # and the layers have taken the call
+            self._refused[refused] = self._refused.get(refused, 0) + 1
+        return outputs
 
     def _dims(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple([one.dim() for one in tensors[: self.program.inputs]])

@@ -3,9 +3,8 @@
 
 #include <cmath>
 
-#include "../../kernels/mlp.h"
 #include "../../ops/conv_forward.h"
-#include "../layer.h"
+#include "packed_layers.h"
 
 namespace fastnn {
 
@@ -144,10 +143,10 @@ class ConvLayer : public Layer<T> {
   void run_product(const LayerCall<T>& given, const ConvPoolGeometry& g) const {
     const MlpKernels<T>& kernels = *given.site.kernels.mlp;
     const T* const addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
-    const T* const packed = given.packed.template take<T>(kProduct, kernels.packed_size(g.out_channels, g.in_channels));
-    const MlpLayer<T> layer{weight_, bias_,  g.in_channels, g.out_channels, addend ? kIdentity : activation_,
-                            packed,  nullptr};
+    MlpLayer<T> layer{weight_, bias_,  g.in_channels, g.out_channels, addend ? kIdentity : activation_,
+                      nullptr, nullptr};
     const int64_t rows = g.batch * g.pixels();
+    const PackedLayers<T> packed(kernels, &layer, 1, rows, kProduct, given.packed);
     const double work = 2.0 * static_cast<double>(rows) * static_cast<double>(g.in_channels * g.out_channels);
     const int64_t chunks = std::min(useful_threads(work), rows);
     const int64_t scratch_size = kernels.scratch_size(std::max(g.in_channels, g.out_channels));

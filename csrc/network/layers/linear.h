@@ -2,8 +2,7 @@
 // a block of rows goes through all of them while it is in cache.
 #pragma once
 
-#include "../../kernels/mlp.h"
-#include "../layer.h"
+#include "packed_layers.h"
 
 namespace fastnn {
 
@@ -47,10 +46,8 @@ class LinearLayer : public Layer<T> {
   void run(const LayerCall<T>& call) const override {
     const MlpKernels<T>& kernels = *call.site.kernels.mlp;
     std::vector<MlpLayer<T>> layers = layers_;
-    for (MlpLayer<T>& layer : layers) {
-      layer.packed = call.packed.template take<T>(0, kernels.packed_size(layer.out, layer.in));
-    }
     const int64_t rows = product(call.site.sizes(0), 0, call.site.sizes(0).size() - 1);
+    const PackedLayers<T> packed(kernels, layers.data(), layers.size(), rows, 0, call.packed);
     const int64_t chunks = std::min(useful_threads(work_ * static_cast<double>(rows)), rows);
     const int64_t scratch_size = kernels.scratch_size(widest_);
     const Scratch<T> scratch(checked_product(chunks, scratch_size));
