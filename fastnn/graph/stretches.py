@@ -31,10 +31,11 @@ from fastnn.ops.network import InferredNetwork
 from fastnn.ops.network_training import TrainedNetwork
 
 # What a node costs that a stretch does not pay, in calls of torch's functions, forward and backward. A function of
-# autograd that is written in Python costs 30 us, one of torch's own about 6, and the stretch itself about 60. A batch
-# norm and a max-pool are torch's slowest functions, which go through contiguous images pixel by pixel.
-_COST_IN_PYTHON, _COST_OF_SLOW, _LEAST_COST = 5, 4, 11
-_SLOW = frozenset({"batch_norm", "max_pool"})
+# autograd that is written in Python costs 30 us, one of torch's own about 6, a product three times as much, and the
+# stretch itself about 60. A batch norm and a max-pool are torch's slowest functions, which go through contiguous images
+# pixel by pixel.
+_COST_IN_PYTHON, _LEAST_COST = 5, 11
+_COSTS = {**dict.fromkeys(("batch_norm", "max_pool"), 4), **dict.fromkeys(("conv", "conv_transpose", "linear"), 3)}
 _LEAST_CALLS = 2  # that a stretch takes the place of in inference
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
@@ -265,11 +266,10 @@ class _Reading:
         stretch = self.stretches.setdefault(level, _Stretch())
         stretch.nodes.append(node)
         stretch.lines += lines
-        if any(line.layer in _SLOW for line in lines):
-            stretch.cost += _COST_OF_SLOW
-        elif any(line.layer not in VIEWS for line in lines):
-            stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else 1
-        stretch.calls += any(line.layer not in VIEWS for line in lines)
+        costs = [_COSTS.get(line.layer, 1) for line in lines if line.layer not in VIEWS]
+        if costs:
+            stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else max(costs)
+            stretch.calls += 1
         for line in lines:
             self.level_of.update(dict.fromkeys(line.outputs, level))
 
