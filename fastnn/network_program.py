@@ -81,23 +81,31 @@ def write_attribute(value: Any) -> str:
 
 
 def write(
-    inputs: Sequence[tuple[Value, str]], lines: Sequence[Line], outputs: Sequence[Value], dtypes: Sequence[str] = ()
-) -> tuple[str, list[Tensor]]:
+    inputs: Sequence[tuple[Value, str]],
+    lines: Sequence[Line],
+    outputs: Sequence[Value],
+    dtypes: Sequence[str] = (),
+    computed: Mapping[Value, str] | None = None,
+) -> tuple[str, list[Any]]:
     """The text of a program, and its weights in the order of the text.
 
     inputs: each with the text of the sizes that it may have. dtypes: "int64" for an input of integers, or "".
+    computed: values that are weights but no tensors yet, with the text of their sizes; they stand for themselves among
+    the weights.
     """
     names: dict[Value, str] = {}
     text: list[str] = [_extension.network_heading]
-    weights: list[Tensor] = []
+    weights: list[Any] = []
 
     def name_of(value: Value) -> str:
         if value not in names:
-            if value.tensor is None:
+            is_computed = computed is not None and value in computed
+            if value.tensor is None and not is_computed:
                 raise ValueError("a line takes a value that none above gives")
             names[value] = f"w{len(weights)}"
-            weights.append(value.tensor)
-            text.append(f"weight -> {names[value]} sizes={write_attribute(value.tensor.shape)}")
+            weights.append(value if is_computed else value.tensor)
+            sizes = computed[value] if computed and is_computed else write_attribute(value.tensor.shape)  # type: ignore[union-attr]
+            text.append(f"weight -> {names[value]} sizes={sizes}")
         return names[value]
 
     for number, (value, sizes) in enumerate(inputs):

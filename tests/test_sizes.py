@@ -247,3 +247,11 @@ def test_epochs() -> None:
         curves.append(torch.cat([step.epoch(x, y, 8) for _ in range(3)]))
     assert_close(*curves)
     assert_close(fused.state_dict(), stock.state_dict())
+
+
+def test_a_length_leaves_nothing_in_the_graph() -> None:
+    model = fastnn.fuse(By(lambda m, x: m.first(x) * len(x), first=nn.Linear(3, 3)))
+    x = torch.randn(4, 3)
+    assert_close(model(x), model.first(x) * 4)
+    (trace,) = model.forward.traces[True]  # type: ignore[operator, union-attr]
+    assert [node.op for node in trace.stock_graph.nodes] == ["placeholder", "call_module", "call_function", "output"]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_training_networks import CASES, MODELS, By, OfTwo
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -766,3 +767,34 @@ def test_wrong_inputs_do_not_count_as_refusals() -> None:
             fused(torch.randn(6, 5, dtype=torch.float64))
     _, called = _called(fused, torch.randn(6, 4, dtype=torch.float64))
     assert called == ["fastnn::network_unpacked"]
+
+
+class _Computed(nn.Module):
+    """Weights that torch computes at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = weight_norm(nn.Conv1d(3, 8, 3, padding=1)), weight_norm(nn.Conv1d(8, 8, 3, padding=2))
+        self.norm, self.c, self.d = nn.BatchNorm1d(8), weight_norm(nn.Linear(8, 4)), orthogonal(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(F.relu(self.a(x)[:, :, 1:]), 0.2, self.training)
+        y = F.dropout(torch.tanh(self.norm(self.b(y))), 0.2, self.training)
+        return self.d(F.relu(self.c(y[:, :, -1])))
+
+
+def test_parameters_that_are_computed(passes: set[int]) -> None:
+    stock, fused = _pair(_Computed)
+    inputs = [torch.randn(4, 3, 20, dtype=torch.float64)]
+    for twice in (False, True):
+        _compare(stock, fused, inputs, 1e-8, twice)
+    assert len(_networks(fused)) == 1
+    with torch.no_grad():
+        for model in (stock, fused):
+            model.eval()
+            for parameter in model.parameters():
+                parameter.data.mul_(1.3)
+        found, called = _called(fused, *inputs)
+        assert called == ["fastnn::network_unpacked"]
+        assert_close(found, stock(*inputs))
+    _compare(stock, fused, inputs, 1e-9)

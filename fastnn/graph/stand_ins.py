@@ -68,7 +68,7 @@ class Traced(fx.Proxy):
         return self.tracer.all_parts(self)
 
     def __len__(self) -> int:
-        return len(list(self.tracer.all_parts(self)))
+        return int(self.tracer.count(self))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.node("call_function", operator.setitem, (self, index, value))

@@ -12,7 +12,7 @@ for gradients with respect to it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -185,7 +185,7 @@ class _Reading:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.inputs = placeholders[:inputs]
         self.order = Order(graph, modules)
-        self.reader = Reader(modules, self.order, self.inputs)
+        self.reader = Reader(modules, self.order, self.inputs, takes_computed=True)
         for node in placeholders[inputs:]:  # `fastnn_tensor_3` is the fourth source
             self.reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
         self.output, self.returned = graph.output_node(), returned
@@ -249,7 +249,7 @@ class _Reading:
             if not KINDS[line.layer].infers:
                 raise NotANetworkError(f"{line.layer} is a layer of training alone")
             for name in _PARAMETERS & line.inputs.keys():
-                if any(value.tensor is None for value in line.inputs[name]):
+                if any(value.tensor is None and value not in self.reader.computed for value in line.inputs[name]):
                     raise NotANetworkError(f"a {line.layer} has a {name} that is computed")
 
     def _is_returned(self, node: Node) -> bool:
@@ -418,7 +418,10 @@ class _Reading:
         return copy
 
     def node_in_new(self, value: Value) -> Any:
-        """The new graph's node that is a value: made by a call, or by the node of the old graph that was copied."""
+        """The new graph's node that is a value: made by a call, or by the node of the old graph that was copied, or a
+        parameter that is computed."""
+        if value in self.reader.computed and value not in self.values:
+            self.values[value] = self.new.get_attr(self.reader.computed[value])
         return self.values[value] if value in self.values else self._copy(self.node_of[value])
 
     def _write_call(self, level: int, results: Sequence[Value]) -> str:
@@ -429,15 +432,20 @@ class _Reading:
         given = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
         dtypes = ["int64" if value in reader.integers else "" for value in given]
         program: TrainedNetwork | InferredNetwork
+        tensors: Sequence[Tensor | Value]
         if self.trains:
             text, tensors = write([(value, "") for value in given], lines, results, dtypes)
             program = TrainedNetwork(text)
         else:
-            program, tensors = _inferred(given, lines, results, dtypes)
+            program, tensors = _inferred(given, reader.computed, lines, results, dtypes)
+            given = [value for value in given if value not in tensors]
         arguments = _Arguments(self)
         places = [arguments.place_of(value) for value in given]
         first = {id(own[name]): (own, name) for own, name in reversed(reader.sources)}
-        of_tensors = [arguments.place_of_tensor(*first[id(tensor)]) for tensor in tensors]
+        of_tensors = [
+            arguments.place_of(one) if isinstance(one, Value) else arguments.place_of_tensor(*first[id(one)])
+            for one in tensors
+        ]
         same = []
         for place, tensor in zip(of_tensors, tensors, strict=True):
             others = [arguments.place_of_tensor(own, name) for own, name in reader.sources if own[name] is tensor]
@@ -494,18 +502,26 @@ class _Reading:
 
 
 def _inferred(
-    given: Sequence[Value], lines: Sequence[Line], results: Sequence[Value], dtypes: Sequence[str]
-) -> tuple[InferredNetwork, list[Tensor]]:
-    """The network of these lines in inference, and its parameters."""
-    tensors: list[Tensor] = []
+    given: Sequence[Value],
+    computed: Container[Value],
+    lines: Sequence[Line],
+    results: Sequence[Value],
+    dtypes: Sequence[str],
+) -> tuple[InferredNetwork, list[Tensor | Value]]:
+    """The network of these lines in inference, and its parameters: tensors, and values that are computed before."""
+    parameters: list[Tensor | Value] = []
     texts = []
-    inputs = [(value, f"{{{place}}}") for place, value in enumerate(given)]
+    inputs = [(value, f"{{{place}}}") for place, value in enumerate(given) if value not in computed]
+    sizes = {value: f"{{{place}}}" for place, value in enumerate(given) if value in computed}
+    of_inputs = [dtype for value, dtype in zip(given, dtypes, strict=True) if value not in computed]
     for addends in (True, False):
-        text, some = write(inputs, rewrite_unpacked(lines, results, addends), results, dtypes)
-        tensors = tensors or some
-        place_of = {id(tensor): place for place, tensor in enumerate(tensors)}
-        texts.append((text, [place_of[id(tensor)] for tensor in some]))
-    return InferredNetwork(len(given), texts if texts[0][0] != texts[1][0] else texts[:1]), tensors
+        text, some = write(inputs, rewrite_unpacked(lines, results, addends), results, of_inputs, sizes)
+        parameters = parameters or some
+        place_of = {id(one): place for place, one in enumerate(parameters)}
+        texts.append((text, [place_of[id(one)] for one in some]))
+    asked = [value not in computed for value in given]
+    places = [place for place, one in enumerate(parameters) if isinstance(one, Value)]
+    return InferredNetwork(asked, places, texts if texts[0][0] != texts[1][0] else texts[:1]), parameters
 
 
 class _Arguments:

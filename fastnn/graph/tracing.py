@@ -196,13 +196,18 @@ class Tracer(fx.Tracer):
             value = self.node("call_function", unpack, (value, count))
         return iter([self.node("call_function", operator.getitem, (value, i)) for i in range(count)])
 
-    def all_parts(self, value: Traced) -> Iterator[Any]:
-        """``for part in value``."""
+    def count(self, value: Traced) -> int:
+        """``len(value)``."""
         self.asks_for_sizes = True
         count = None if self.sizes is None else self.sizes.parts(value.node)
-        if self.sizes is None or count is None:
-            self.refuse("it loops over a tensor")
-        if self.sizes.is_tensor(value.node):
+        if count is None:
+            self.refuse("it loops over a tensor, or asks for its length")
+        return count
+
+    def all_parts(self, value: Traced) -> Iterator[Any]:
+        """``for part in value``."""
+        count = self.count(value)
+        if self.sizes is not None and self.sizes.is_tensor(value.node):
             value = self.node("call_function", torch.unbind, (value,))
         return self.parts(value, count)
 

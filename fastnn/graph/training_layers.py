@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastnn.activations import parse
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, kernel_of
-from fastnn.graph.matcher import Layer, activation_of, read_layer, settings_of, why_not_read
+from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
 from fastnn.network_program import Line, Value, conv_attributes
 from fastnn.nn._hooks import has_own_call, layer_forward
@@ -64,10 +64,14 @@ class _Size:
 
 class Reader:
     """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
-    several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor."""
+    several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor.
+    takes_computed: whether parameters may be computed, as weight_norm computes them; `computed` has their names."""
 
-    def __init__(self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node]) -> None:
-        self.modules, self.order = modules, order
+    def __init__(
+        self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node], takes_computed: bool = False
+    ) -> None:
+        self.modules, self.order, self._takes_computed = modules, order, takes_computed
+        self.computed: dict[Value, str] = {}
         self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
         self.given = list(self.values.values())
         self.integers: set[Value] = set()
@@ -89,9 +93,10 @@ class Reader:
             owner, _, name = str(node.target).rpartition(".")
             holder = self.modules[owner]
             held = holder._parameters if name in holder._parameters else holder._buffers
-            if name not in held:
-                raise NotANetworkError(f"{node.target} is computed from something else")
-            self.tensors[node] = (held, name)
+            if name in held:
+                self.tensors[node] = (held, name)
+            else:
+                self.values[node] = self._computed(self.modules[owner], name)
             return
         if not node.users and node not in self.order.writes:  # nobody sees what it gives
             return
@@ -174,13 +179,24 @@ class Reader:
     def own(self, module: nn.Module, name: str) -> list[Value]:
         """A module's tensor of this name; nothing where it has none."""
         if is_parametrized(module, name):
-            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+            return [self._computed(module, name)]
         for held in (module._parameters, module._buffers):
             if name in held:
                 return [] if held[name] is None else [self.tensor_of_model(held, name)]
         if getattr(module, name, None) is not None:
             raise NotANetworkError(f"a {type(module).__name__}'s {name} is computed from something else")
         return []
+
+    def _computed(self, module: nn.Module, name: str) -> Value:
+        if not self._takes_computed or not is_parametrized(module, name) or not computes_only(module):
+            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        path = next(path for path, one in self.modules.items() if one is module)
+        target = f"{path}.{name}" if path else name
+        known = next((value for value, other in self.computed.items() if other == target), None)
+        if known is None:
+            known = Value(())
+            self.computed[known] = target
+        return known
 
     def optional(self, node: Any) -> list[Value]:
         return [] if node is None else [self.value(node)]

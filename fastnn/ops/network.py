@@ -23,17 +23,22 @@ _unpacked_call = direct_call(network_unpacked)
 class InferredNetwork:
     """A program for inference that reads the parameters anew at every call.
 
-    texts: the ways to write it, the best first, each with the places of its parameters among those that are given; an
-    input's sizes stand in the text as "{0}", "{1}" and so on. A way may refuse some sizes.
+    are_inputs: for each text of sizes that the program lacks ("{0}", "{1}" and so on), whether it is an input's, of
+    which only the number of dimensions is written, or that of a parameter that is computed. computed: the places of
+    such parameters. texts: the ways to write the program, the best first, each with the places of its parameters among
+    those that are given. A way may refuse some sizes.
     """
 
-    def __init__(self, inputs: int, texts: Sequence[tuple[str, Sequence[int]]]) -> None:
-        self.inputs = inputs
+    def __init__(
+        self, are_inputs: Sequence[bool], computed: Sequence[int], texts: Sequence[tuple[str, Sequence[int]]]
+    ) -> None:
+        self.inputs = sum(are_inputs)
         self.text = texts[0][0]
         self._reshapes = "\nreshape " in self.text
-        self._texts = texts
-        # By the inputs' numbers of dimensions: the text for them, and the places of its parameters.
-        self._known: dict[tuple[int, ...], tuple[str, Sequence[int]]] = {}
+        self._are_inputs, self._computed, self._texts = are_inputs, computed, texts
+        # By the inputs' numbers of dimensions and the sizes of what is computed: the text for them, and the places of
+        # its parameters.
+        self._known: dict[tuple[Any, ...], tuple[str, Sequence[int]]] = {}
 
     def takes(self, input: Tensor) -> bool:
         """Whether an input lies as the results do. One without elements is taken where nothing reshapes it: torch
@@ -47,12 +52,16 @@ class InferredNetwork:
         Raises RuntimeError where the operator does not take the tensors.
         """
         inputs, parameters = tensors[: self.inputs], tensors[self.inputs :]
-        dims = tuple([one.dim() for one in inputs])
-        known = self._known.get(dims)
+        key: tuple[Any, ...] = tuple([one.dim() for one in inputs])
+        if self._computed:
+            key = (*key, *[parameters[place].shape for place in self._computed])
+        known = self._known.get(key)
         if known is not None:
             text, places = known
             return _unpacked_call(inputs, [parameters[place] for place in places], text)
-        sizes = [",".join([":"] * rank) for rank in dims]
+        of_inputs = iter([",".join([":"] * rank) for rank in key[: self.inputs]])
+        of_computed = iter([",".join(map(str, shape)) for shape in key[self.inputs :]])
+        sizes = [next(of_inputs if is_input else of_computed) for is_input in self._are_inputs]
         for number, (pattern, places) in enumerate(self._texts, start=1):
             text = pattern.format(*sizes)
             try:
@@ -61,7 +70,7 @@ class InferredNetwork:
                 if number == len(self._texts):
                     raise
             else:
-                self._known[dims] = text, places
+                self._known[key] = text, places
                 break
         return outputs
 
