@@ -64,6 +64,7 @@ class Fold {
   }
 
   int64_t line() const { return line_; }  // its number in the program
+  int64_t bytes() const { return (product(sizes_, 0, sizes_.size()) + 2 * norm_.channels()) * int64_t{sizeof(T)}; }
   void run() {
     T *const scale = norm_memory_.get(), *const shift = scale + norm_.channels();
     norm_.compute(scale, shift);

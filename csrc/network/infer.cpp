@@ -77,7 +77,10 @@ struct Bound {
   }
 };
 
-// The networks that this thread used last. They are kept so that a program is not read anew at every call.
+// The networks that this thread used last. They are kept so that a program is not read anew at every call, the older
+// ones only while the weights that all have computed take less than kMostFolded.
+constexpr int64_t kMostFolded = 128 << 20;  // bytes
+
 template <class T>
 Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const std::string& program) {
   constexpr size_t kKept = 16;
@@ -88,8 +91,15 @@ Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const st
     return *kept[0];
   }
   auto made = std::make_unique<Bound<T>>(first, count, joined, program);
-  if (kept.size() >= kKept) kept.pop_back();
   kept.insert(kept.begin(), std::move(made));
+  int64_t folded = 0;
+  size_t fitting = 0;
+  while (fitting < std::min(kept.size(), kKept)) {
+    for (const Fold<T>& fold : kept[fitting]->network.folds) folded = checked_sum(folded, fold.bytes());
+    if (fitting > 0 && folded > kMostFolded) break;
+    ++fitting;
+  }
+  kept.resize(fitting);
   return *kept[0];
 }
 
