@@ -1,6 +1,7 @@
 """Loads the compiled extension, or says how to build it."""
 
 import importlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ _HOW_TO_BUILD = (
 )
 
 
+@cache
 def load_extension() -> ModuleType:
     """Import ``fastnn._C``. Raises ImportError if it is missing, or if it was built from other sources than those that
     lie beside it: the C++ files in a source folder, the operators' Python files in an installation."""

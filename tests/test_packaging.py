@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def test_extension_needs_only_the_stable_abi() -> None:
     symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
     assert any("aoti_torch_" in symbol for symbol in symbols), "this is not the extension"
     assert [symbol for symbol in symbols if re.search(r"\b(at|c10|torch)::", symbol)] == []
+
+
+@pytest.fixture(autouse=True)
+def not_loaded() -> Iterator[None]:
+    """The extension is looked for anew."""
+    load_extension.cache_clear()
+    yield
+    load_extension.cache_clear()
 
 
 def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +72,7 @@ def test_stale_extension_in_an_installation(change: str, tmp_path: Path, monkeyp
         (ops / "more.py").touch()
     else:
         (ops / "rnn_head.py").unlink()
+    load_extension.cache_clear()
     with pytest.raises(ImportError, match=r"was built with other Python files.*pip install \."):
         load_extension()
 

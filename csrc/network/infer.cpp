@@ -46,7 +46,7 @@ struct Bound {
   std::vector<std::unique_ptr<Planned>> planned;  // the one that was used last is in front
 
   const Plan<T>& plan_for(const Tensor* inputs, const Kernels<T>& kernels) {
-    constexpr size_t kKept = 4;
+    constexpr size_t kKept = 16;
     const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < planned.size(); ++i) {
       if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs))

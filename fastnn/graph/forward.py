@@ -218,7 +218,7 @@ class Trace:
         anything = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
         self.takes_keywords = not forward.__code__.co_flags & anything and not hasattr(forward, "__wrapped__")
         self.stock_graph, tracer = trace(module, inputs)
-        self.sizes = None if inputs is None else [one.shape for one in inputs]  # None: it is for any inputs
+        self.sizes = None if inputs is None else _sizes_of(inputs)  # None: it is for any inputs
         self.guard = tracer.guard
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs
         self.modules = dict(module.named_modules())
@@ -248,8 +248,8 @@ class Trace:
         self._stretched: dict[bool, Stretched | None] = {}  # by whether autograd records
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the trace is for inputs of these sizes."""
-        return self.sizes is None or [one.shape for one in inputs] == self.sizes
+        """Whether the trace is for inputs of these sizes (and dtypes, on which a view's sizes may depend)."""
+        return self.sizes is None or _sizes_of(inputs) == self.sizes
 
     @classmethod
     def of(cls, module: nn.Module, left: dict[Any, str]) -> Trace:
@@ -328,6 +328,10 @@ class Trace:
         graph.output(graph.graph_copy(self.stock_graph, values))
         insert(graph, self.matches.found, values, lift)
         return graph, sources
+
+
+def _sizes_of(inputs: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(one.shape, one.dtype) for one in inputs]
 
 
 def key_of(found: Match) -> Any:
@@ -454,10 +458,15 @@ class FusedForward(FusedModule):
             return Trace.of(self.module, self.left)
         except UntraceableError as error:
             self.asks_for_sizes = error.asks_for_sizes
-            # (While somebody writes down which operators run, or maps over a batch, sizes are more than numbers.)
-            if inputs is None or not error.asks_for_sizes or is_exporting() or is_tracing() or transforms_active():
+            # (While somebody watches which operators run, or maps over a batch, sizes are more than numbers.)
+            is_watched = is_exporting() or is_tracing() or functions_are_watched()
+            if inputs is None or not error.asks_for_sizes or is_watched or transforms_active():
                 raise
-        return Trace(self.module, self.left, inputs)
+        try:
+            return Trace(self.module, self.left, inputs)
+        except UntraceableError:
+            self.asks_for_sizes = False
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

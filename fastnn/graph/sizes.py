@@ -122,23 +122,27 @@ class Sizes:
         guard.note_call(_sizes_of, (held,), _sizes_of(held))
 
     def _of_layer(self, layer: nn.Module) -> Callable[..., Any]:
-        """What computes a layer's stand-in: a copy of the layer whose tensors have no elements, and which runs torch's
-        own forward; or, for a recurrent layer, which torch would run step by step, a function."""
-        own = layer.__dict__
+        """What computes a layer's stand-in: torch's own forward, without hooks, on a copy of the layer; or, for a
+        recurrent layer, which torch would run step by step, a function."""
         if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
             self._layers[layer] = layer
             of_one: Callable[..., Any] = _recurrent if isinstance(layer, nn.RNNBase) else _cell
             return functools.partial(of_one, layer)
-        if any(own[name] for name in HOOKS):
-            raise NotImplementedError("hooks may change the layer")
+        return functools.partial(type(layer).forward, self._copy_of(layer))
+
+    def _copy_of(self, layer: nn.Module) -> nn.Module:
+        """A copy of a layer whose tensors have no elements."""
         if layer in self._layers:
             return self._layers[layer]
+        own = layer.__dict__
+        if any(own[name] for name in HOOKS):
+            raise NotImplementedError("hooks may change the layer")
         copy = type(layer).__new__(type(layer))
         for name, value in own.items():
             if name in ("_parameters", "_buffers"):
                 value = {key: None if one is None else _on_meta(one) for key, one in value.items()}
             elif name == "_modules":
-                value = {key: None if one is None else self._of_layer(one) for key, one in value.items()}
+                value = {key: None if one is None else self._copy_of(one) for key, one in value.items()}
             elif isinstance(value, list) and all(isinstance(one, Tensor) for one in value):
                 value = [_on_meta(one) for one in value]
             if name != "forward":

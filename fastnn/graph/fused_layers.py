@@ -169,6 +169,8 @@ class Reader:
         if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
             raise NotANetworkError("a tensor is held by something that is no module")
         tensor = container[name]
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise NotANetworkError(f"a tensor of the model is a {type(tensor).__name__}")
         if not any(own is container and other == name for own, other in self.sources):
             self.sources.append((container, name))
         known = self._weights.get(id(tensor))
