@@ -35,7 +35,7 @@ class Explanation:
     # The layers' names in networks, of each stretch of layers that is one function of autograd where gradients are
     # recorded, and of each that is one call where they are not.
     stretches: tuple[tuple[str, ...], ...] = ()
-    inferred: tuple[tuple[str, ...], ...] = ()
+    inference: tuple[tuple[str, ...], ...] = ()
 
     @property
     def calls(self) -> tuple[ExplainedCall, ...]:
@@ -49,9 +49,9 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The rows as lists, dictionaries, strings and bools."""
-        stretches, inferred = (list(map(list, some)) for some in (self.stretches, self.inferred))
+        stretches, inference = (list(map(list, some)) for some in (self.stretches, self.inference))
         rows = [asdict(row) for row in self.rows]
-        return {"is_fused": self.is_fused, "rows": rows, "stretches": stretches, "inferred": inferred}
+        return {"is_fused": self.is_fused, "rows": rows, "stretches": stretches, "inference": inference}
 
     def __str__(self) -> str:
         if not self.rows:
@@ -66,7 +66,7 @@ class Explanation:
         lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         for stretch in self.stretches:
             lines.append(f"Where gradients are recorded, one function: {', '.join(stretch)}")
-        for stretch in self.inferred:
+        for stretch in self.inference:
             lines.append(f"Where they are not, one call: {', '.join(stretch)}")
         if not self.is_fused:
             lines.append("The model is not fused yet: this is what fastnn.fuse would do.")
@@ -97,7 +97,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     if not inputs:
         return Explanation(tuple(account_for(model)), is_fused, *_stretches_of(model))
     traces_of(model)
-    if any(getattr(module.__dict__.get("forward"), "asks_for_sizes", False) for module in model.modules()):
+    if any(map(forwards.asks_for_sizes, model.modules())):
         with leaving_no_trace(), torch.no_grad():
             model(*cloned(inputs))  # which traces it for these sizes
     recorder = _Recorder()

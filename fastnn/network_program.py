@@ -96,15 +96,16 @@ def write(
     names: dict[Value, str] = {}
     text: list[str] = [_extension.network_heading]
     weights: list[Any] = []
+    computed = computed or {}
 
     def name_of(value: Value) -> str:
         if value not in names:
-            is_computed = computed is not None and value in computed
-            if value.tensor is None and not is_computed:
+            weight: Any = value if value in computed else value.tensor
+            if weight is None:
                 raise ValueError("a line takes a value that none above gives")
             names[value] = f"w{len(weights)}"
-            weights.append(value if is_computed else value.tensor)
-            sizes = computed[value] if computed and is_computed else write_attribute(value.tensor.shape)  # type: ignore[union-attr]
+            weights.append(weight)
+            sizes = computed[value] if weight is value else write_attribute(weight.shape)
             text.append(f"weight -> {names[value]} sizes={sizes}")
         return names[value]
 
@@ -128,6 +129,10 @@ def write(
         text.append(" ".join(words))
     text.append(f"output input={','.join(names[value] for value in outputs)}")
     return "\n".join(text), weights
+
+
+# What a max-pool's attributes are called in a layer that includes the pool.
+POOL_NAMES = {"kernel": "pool", **{name: f"pool_{name}" for name in ("stride", "padding", "dilation")}}
 
 
 def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:

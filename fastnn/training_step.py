@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastnn._extension import load_extension
 from fastnn._torch import global_optimizer_hooks, note_step_of
 from fastnn.fusion import fuse
+from fastnn.graph.forward import asks_for_sizes
 from fastnn.graph.rehearsal import needed_inputs, signature_of
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
@@ -394,7 +395,7 @@ class TrainingStep:
         if self._is_unread_copy:
             self._read()
         reading = self._reading
-        if reading is None and not getattr(self.model.__dict__.get("forward"), "asks_for_sizes", False):
+        if reading is None and not asks_for_sizes(self.model):
             return self._why
         inputs = (input,) if self._count == 1 else input if isinstance(input, (tuple, list)) else ()
         if len(inputs) != (self._count if reading is None else reading.network.inputs):

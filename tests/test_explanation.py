@@ -90,7 +90,7 @@ def test_a_stock_model_is_told_what_fuse_would_do() -> None:
         (row.layer, row.operator) for row in report.rows
     ]
     rows = [dataclasses.asdict(row) for row in fused.rows]
-    assert fused.to_dict() == {"is_fused": True, "rows": rows, "stretches": [], "inferred": [["conv", "mean"]]}
+    assert fused.to_dict() == {"is_fused": True, "rows": rows, "stretches": [], "inference": [["conv", "mean"]]}
 
 
 def test_inputs_in_a_tuple() -> None:

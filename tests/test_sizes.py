@@ -133,7 +133,7 @@ def test_is_one_call(name: str) -> None:
         fused(x)
     assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::network_unpacked"]
     report = fastnn.explain(fused, x)
-    assert len(report.inferred) == 1
+    assert len(report.inference) == 1
     assert not any(row.why for row in report.left if "decides" in row.why)
 
 

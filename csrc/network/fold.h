@@ -38,7 +38,7 @@ class KnownNorm {
   const T *mean_, *variance_, *weight_, *bias_;
 };
 
-// A line that gives weights: those of a convolution, and its bias, with the norm in them.
+// A line that gives a convolution's weight and bias which include the norm behind the convolution.
 template <class T>
 class Fold {
  public:

@@ -77,10 +77,10 @@ struct Bound {
   }
 };
 
-// The networks that this thread used last. They are kept so that a program is not read anew at every call, the older
-// ones only while the weights that all have computed take less than kMostFolded.
 constexpr int64_t kMostFolded = 128 << 20;  // bytes
 
+// The networks that this thread used last. They are kept so that a program is not read anew at every call, the older
+// ones only while the weights that all have computed take less than kMostFolded.
 template <class T>
 Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const std::string& program) {
   constexpr size_t kKept = 16;
@@ -157,7 +157,7 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
   for (size_t i = 0; i < network.steps.size(); ++i) {
     if (plan.is_idle[i]) continue;
     const Layer<T>& layer = *network.steps[i].layer;
-    // Just before the layer, which then finds the weights in cache.
+    // A fold runs just before the layer that takes its weights, which are in cache then.
     for (; next_fold < folds.size() && folds[next_fold].line() < network.steps[i].line; ++next_fold) {
       folds[next_fold].run();
     }

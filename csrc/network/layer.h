@@ -199,6 +199,18 @@ LayerEntry layer_entry(const char* name, std::vector<const char*> inputs, std::v
           }};
 }
 
+// The attributes of a layer that may include the activation and the max-pool behind it.
+inline std::vector<AttributeEntry> with_activation_and_pool(std::vector<AttributeEntry> attributes) {
+  const AttributeEntry more[] = {{"activation", "activation", "identity"},
+                                 {"pool", "ints", "1"},
+                                 {"pool_stride", "ints", ""},
+                                 {"pool_padding", "ints", "0"},
+                                 {"pool_dilation", "ints", "1"},
+                                 {"ceil_mode", "bool", "0"}};
+  attributes.insert(attributes.end(), std::begin(more), std::end(more));
+  return attributes;
+}
+
 inline int64_t product(const Ints& sizes, size_t first, size_t last) {
   int64_t result = 1;
   for (size_t i = first; i < last; ++i) result = checked_product(result, sizes[i]);

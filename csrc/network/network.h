@@ -83,7 +83,7 @@ class Network {
   std::vector<int64_t> outputs;
   std::vector<Step> steps;
   Weights<T> weights;
-  std::vector<Fold<T>> folds;  // weights that a call computes before its first step
+  std::vector<Fold<T>> folds;  // weights that each call computes
   size_t values;               // the number of values
 
   // pieces: the weights in the program's order; if `joined`, one piece that has all weights one behind the other.

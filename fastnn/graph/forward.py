@@ -23,7 +23,7 @@ from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join_heads
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
-from fastnn.graph.stretches import Stretched, compiled, find_stretches
+from fastnn.graph.stretches import StretchedGraph, compiled, find_stretches
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
 from fastnn.nn._hooks import has_global_hooks, layer_class, layer_forward
@@ -245,7 +245,7 @@ class Trace:
         self.guard.seal()
         self.holds = self.guard.holds
         self.kind: Kind | None = None  # what is kept of it for modules that are alike
-        self._stretched: dict[bool, Stretched | None] = {}  # by whether autograd records
+        self._stretched: dict[bool, StretchedGraph | None] = {}  # by whether autograd records
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the trace is for inputs of these sizes (and dtypes, on which a view's sizes may depend)."""
@@ -282,7 +282,7 @@ class Trace:
         other._stretched = {}
         return other
 
-    def stretched(self, module: nn.Module, trains: bool) -> Stretched | None:
+    def stretched(self, module: nn.Module, trains: bool) -> StretchedGraph | None:
         """What runs in place of the trace, under autograd if it `trains`, else in inference; None where the trace
         itself is as good, or the module is no longer what was traced."""
         is_read = trains in self._stretched
@@ -292,7 +292,7 @@ class Trace:
             return None
         kind, parts = self.kind, Parts(module)
         is_alike = kind is not None and kind_of(parts) is kind
-        found: Stretched | None = None
+        found: StretchedGraph | None = None
         if not is_read and is_alike and kind is not None and trains in kind.stretched:
             found = kind.stretched[trains].mapped(parts.object_at)
             if not found.guard.begins():
@@ -332,6 +332,12 @@ class Trace:
 
 def _sizes_of(inputs: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
     return [(one.shape, one.dtype) for one in inputs]
+
+
+def asks_for_sizes(module: nn.Module) -> bool:
+    """Whether a fused module's forward can only be traced for inputs of certain sizes."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, FusedForward) and forward.asks_for_sizes
 
 
 def key_of(found: Match) -> Any:
@@ -402,7 +408,7 @@ class FusedForward(FusedModule):
             return stretched.run(self.module, args)
         return trace.run(self.module, *args, *[own[name] for own, name in trace.sources])
 
-    def _stretches_of(self, trace: Trace) -> Stretched | None:
+    def _stretches_of(self, trace: Trace) -> StretchedGraph | None:
         """What runs in place of the trace. None where stretches of layers have been left as single layers, or somebody
         writes down which operators run."""
         stretched = trace.stretched(self.module, is_grad_enabled())

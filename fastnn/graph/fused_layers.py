@@ -1,4 +1,4 @@
-"""What each node of a fused graph is among the layers of a network that trains (csrc/network/train.h): a row for each
+"""What each node of a fused graph is among the layers of networks, in training and in inference: a row for each
 function, method or module.
 
 A row gets the reader, the node and the node's arguments as torch's function has them, and adds lines; or it raises
@@ -24,7 +24,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
-from fastnn.network_program import Line, Value, conv_attributes
+from fastnn.network_program import POOL_NAMES, Line, Value, conv_attributes
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
@@ -36,7 +36,7 @@ class NotANetworkError(Exception):
     """Says why a step cannot run something as a network in one call or two."""
 
 
-def acts(line: Line) -> bool:
+def has_side_effects(line: Line) -> bool:
     """Whether a line does more than give its results: it draws random numbers, or changes statistics."""
     if line.layer == "batch_norm":
         return bool(line.attributes["trains"])
@@ -47,7 +47,7 @@ def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
     """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
     needed, kept = set(results), []
     for line in reversed(lines):
-        if acts(line) or any(value in needed for value in line.outputs):
+        if has_side_effects(line) or any(value in needed for value in line.outputs):
             needed.update(line.taken())
             kept.append(line)
     return kept[::-1]
@@ -427,8 +427,7 @@ def _relu_max_pool(
         raise NotANetworkError("a pool scales its channels")
     value = read.add(None, "activation", {"input": [read.data(x)]}, activation="relu")
     settings = _pool_attributes(pool, dims)
-    names = {"kernel": "pool", "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation"}
-    attributes = {name: settings[given] for name, given in names.items()}
+    attributes = {name: settings[given] for name, given in POOL_NAMES.items()}
     read.add(node, "max_pool", {"input": [value]}, **attributes, ceil_mode=settings["ceil_mode"])
 
 

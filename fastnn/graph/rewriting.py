@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastnn.network_program import KINDS, Line, Value
+from fastnn.network_program import KINDS, POOL_NAMES, Line, Value
 
 _WEIGHTED = {"conv": 0, "linear": 0, "conv_transpose": 1}  # the dimension of the weight that is the output channels
 
@@ -224,8 +224,7 @@ def _take_pool(program: _Lines, line: Line) -> bool:
         return False
     if before.attributes.get("activation", "identity") not in ("identity", "relu"):
         return False
-    names = {"kernel": "pool", "stride": "pool_stride", "padding": "pool_padding", "dilation": "pool_dilation"}
-    before.attributes.update({names.get(name, name): value for name, value in line.attributes.items()})
+    before.attributes.update({POOL_NAMES.get(name, name): value for name, value in line.attributes.items()})
     program.merge(line, before)
     return True
 
@@ -297,13 +296,10 @@ def _fold_norm(program: _Lines, line: Line) -> bool:
     settings["groups"] = before.attributes.get("groups", 1)
     program.lines.insert(program.lines.index(before), Line("fold", {**conv, **norm}, [weight, bias], settings))
     before.inputs = {**before.inputs, "weight": [weight], "bias": [bias]}
-    taken = ("activation", *_POOL) if not transposed else ("activation",)
+    taken = ("activation",) if transposed else ("activation", "ceil_mode", *POOL_NAMES.values())
     before.attributes.update({name: line.attributes[name] for name in taken if name in line.attributes})
     program.merge(line, before)
     return True
-
-
-_POOL = ("pool", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
 
 
 def _split_norm(program: _Lines, line: Line) -> bool:
@@ -311,8 +307,8 @@ def _split_norm(program: _Lines, line: Line) -> bool:
     if line.layer != "batch_norm" or not _pools(line):
         return False
     normed = Value(())
-    names = {"pool": "kernel", **{name: name.removeprefix("pool_") for name in _POOL[1:]}}
-    settings = {names[name]: line.attributes.pop(name) for name in _POOL if name in line.attributes}
+    names = {**POOL_NAMES, "ceil_mode": "ceil_mode"}
+    settings = {own: line.attributes.pop(name) for own, name in names.items() if name in line.attributes}
     pool = Line("max_pool", {"input": [normed]}, line.outputs, settings)
     line.outputs = [normed]
     program.lines.insert(program.lines.index(line) + 1, pool)

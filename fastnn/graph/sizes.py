@@ -28,8 +28,13 @@ RESIZING_METHODS = frozenset(
     }
 )
 _UNKNOWN = object()
+# What torch raises for arguments that it does not take, and on the meta device where sizes depend on values. (A
+# NotImplementedError is a RuntimeError.)
+_EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
-_EXPECTED = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError, AttributeError)
+
+class _HooksError(Exception):
+    """A layer has hooks, which may change it."""
 
 
 class Sizes:
@@ -107,10 +112,10 @@ class Sizes:
                     value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 elif node in self._called:
                     value = self._of_layer(self._called[node])(*args, **kwargs)
-                else:  # code of the user's
+                else:  # The node calls code of the user's, which must not run twice.
                     return _UNKNOWN
                 return pytree.tree_map_only(Tensor, _on_meta, value)
-        except _EXPECTED:
+        except (_HooksError, *_EXPECTED):
             return _UNKNOWN
 
     def note_in(self, guard: Guard) -> None:
@@ -136,7 +141,7 @@ class Sizes:
             return self._layers[layer]
         own = layer.__dict__
         if any(own[name] for name in HOOKS):
-            raise NotImplementedError("hooks may change the layer")
+            raise _HooksError
         copy = type(layer).__new__(type(layer))
         for name, value in own.items():
             if name in ("_parameters", "_buffers"):

@@ -20,14 +20,14 @@ from torch import Tensor, fx, nn
 from torch.fx import Graph, Node
 
 from fastnn._torch import saved_tensors_are_hooked
-from fastnn.graph.fused_layers import VIEWS, NotANetworkError, Reader, acts, used_lines
+from fastnn.graph.fused_layers import VIEWS, NotANetworkError, Reader, has_side_effects, used_lines
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.ops._autograd import is_plain, wants_gradient
-from fastnn.ops.network import InferredNetwork
+from fastnn.ops.network import InferenceNetwork
 from fastnn.ops.network_training import TrainedNetwork
 
 # What a node costs that a stretch does not pay, in calls of torch's functions, forward and backward. A function of
@@ -36,13 +36,13 @@ from fastnn.ops.network_training import TrainedNetwork
 # pixel by pixel.
 _COST_IN_PYTHON, _LEAST_COST = 5, 11
 _COSTS = {**dict.fromkeys(("batch_norm", "max_pool"), 4), **dict.fromkeys(("conv", "conv_transpose", "linear"), 3)}
-_LEAST_CALLS = 2  # that a stretch takes the place of in inference
+_LEAST_CALLS = 2  # In inference, a stretch takes the place of at least so many calls.
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
 
 @dataclass
-class Stretched:
+class StretchedGraph:
     """The graph as Python: ``function(module, module, *inputs, *tensors)``, with the tensors of `sources`."""
 
     function: Callable[..., Any]
@@ -50,7 +50,7 @@ class Stretched:
     guard: Guard
     networks: list[str]  # the programs
 
-    def mapped(self, of: Callable[[Any], Any]) -> Stretched:
+    def mapped(self, of: Callable[[Any], Any]) -> StretchedGraph:
         """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
         return replace(self, sources=[(of(own), name) for own, name in self.sources], guard=self.guard.mapped(of))
 
@@ -71,7 +71,7 @@ class NetworkCall:
 
     def __init__(
         self,
-        program: TrainedNetwork | InferredNetwork,
+        program: TrainedNetwork | InferenceNetwork,
         places: Sequence[int],
         same: Sequence[tuple[int, int]],
         counters: Sequence[int],
@@ -98,7 +98,7 @@ class NetworkCall:
         if self._one_by_one is None:
             self._one_by_one = compiled(self._layers, f"<layers of {type(module).__name__}>")
         outputs = self._one_by_one(module, values)
-        if refused is not None:  # and the layers have taken the call
+        if refused is not None:  # What the layers refuse, too, says nothing about the operator.
             self._refused[refused] = self._refused.get(refused, 0) + 1
         return outputs
 
@@ -107,11 +107,8 @@ class NetworkCall:
 
     def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
         program, number = self.program, tensors[-1]
-        infers = isinstance(program, InferredNetwork)
         for one in tensors[: program.inputs]:
-            if type(one) is not Tensor or not one.is_cpu:
-                return False
-            if isinstance(program, InferredNetwork) and not program.takes(one):
+            if type(one) is not Tensor or not one.is_cpu or not program.takes(one):
                 return False
             if one.is_floating_point():
                 number = one
@@ -120,9 +117,9 @@ class NetworkCall:
                 return False
         if self._refused and self._refused.get(self._dims(tensors), 0) >= _MOST_REFUSALS:
             return False
-        if not is_plain(number) or wants_gradient(*tensors) is infers:
+        if not is_plain(number) or wants_gradient(*tensors) is not program.records:
             return False
-        return infers or not saved_tensors_are_hooked()
+        return not (program.records and saved_tensors_are_hooked())
 
 
 def compiled(graph: Graph, file: str) -> Callable[..., Any]:
@@ -139,13 +136,13 @@ class _Stretch:
     nodes: list[Node] = field(default_factory=list)  # those that add lines
     lines: list[Line] = field(default_factory=list)
     counters: list[tuple[Any, Any]] = field(default_factory=list)
-    cost: int = 0  # of a training's calls
-    calls: int = 0
+    cost: int = 0  # what its nodes cost as single functions of autograd: see _COST_IN_PYTHON
+    calls: int = 0  # how many calls its nodes are in inference
 
 
 def find_stretches(
     graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module], trains: bool
-) -> Stretched | None:
+) -> StretchedGraph | None:
     """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`, for autograd if it
     `trains`, else for inference. Returns None where no stretch is worth a call."""
     drop_unused_parts(graph, modules)
@@ -244,7 +241,7 @@ class _Reading:
     def _check_inference(self, lines: Sequence[Line]) -> None:
         """Raises where a network has no such layers in inference, or would have to change something."""
         for line in lines:
-            if acts(line):
+            if has_side_effects(line):
                 raise _TrainsError
             if not KINDS[line.layer].infers:
                 raise NotANetworkError(f"{line.layer} is a layer of training alone")
@@ -280,7 +277,7 @@ class _Reading:
 
     # ---- and what becomes of it --------------------------------------------------------------------------------------
 
-    def stretched(self) -> Stretched | None:
+    def stretched(self) -> StretchedGraph | None:
         """Writes the graph anew, with a call for each stretch."""
         self.guard = self.reader.guard
         self.node_of: dict[Value, Node] = {}  # the first node that is this value
@@ -320,7 +317,7 @@ class _Reading:
                 self._copy(node)
         self.new.output(fx.node.map_arg(self.output.args[0], self._copy))
         self.guard.seal()
-        return Stretched(compiled(self.new, "<stretches>"), self.new_sources, self.guard, networks)
+        return StretchedGraph(compiled(self.new, "<stretches>"), self.new_sources, self.guard, networks)
 
     def _needed(self) -> dict[int, list[Value]]:
         """For each chosen stretch, the values that others take."""
@@ -431,13 +428,13 @@ class _Reading:
         made = {value for line in lines for value in line.outputs}
         given = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
         dtypes = ["int64" if value in reader.integers else "" for value in given]
-        program: TrainedNetwork | InferredNetwork
+        program: TrainedNetwork | InferenceNetwork
         tensors: Sequence[Tensor | Value]
         if self.trains:
             text, tensors = write([(value, "") for value in given], lines, results, dtypes)
             program = TrainedNetwork(text)
         else:
-            program, tensors = _inferred(given, reader.computed, lines, results, dtypes)
+            program, tensors = _inference_network(given, reader.computed, lines, results, dtypes)
             given = [value for value in given if value not in tensors]
         arguments = _Arguments(self)
         places = [arguments.place_of(value) for value in given]
@@ -501,13 +498,13 @@ class _Reading:
         return graph
 
 
-def _inferred(
+def _inference_network(
     given: Sequence[Value],
     computed: Container[Value],
     lines: Sequence[Line],
     results: Sequence[Value],
     dtypes: Sequence[str],
-) -> tuple[InferredNetwork, list[Tensor | Value]]:
+) -> tuple[InferenceNetwork, list[Tensor | Value]]:
     """The network of these lines in inference, and its parameters: tensors, and values that are computed before."""
     parameters: list[Tensor | Value] = []
     texts = []
@@ -521,7 +518,7 @@ def _inferred(
         texts.append((text, [place_of[id(one)] for one in some]))
     asked = [value not in computed for value in given]
     places = [place for place, one in enumerate(parameters) if isinstance(one, Value)]
-    return InferredNetwork(asked, places, texts if texts[0][0] != texts[1][0] else texts[:1]), parameters
+    return InferenceNetwork(asked, places, texts if texts[0][0] != texts[1][0] else texts[:1]), parameters
 
 
 class _Arguments:

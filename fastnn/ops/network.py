@@ -20,7 +20,7 @@ network_unpacked = torch.ops.fastnn.network_unpacked.default
 _unpacked_call = direct_call(network_unpacked)
 
 
-class InferredNetwork:
+class InferenceNetwork:
     """A program for inference that reads the parameters anew at every call.
 
     are_inputs: for each text of sizes that the program lacks ("{0}", "{1}" and so on), whether it is an input's, of
@@ -28,6 +28,8 @@ class InferredNetwork:
     such parameters. texts: the ways to write the program, the best first, each with the places of its parameters among
     those that are given. A way may refuse some sizes.
     """
+
+    records = False  # autograd records none of its runs
 
     def __init__(
         self, are_inputs: Sequence[bool], computed: Sequence[int], texts: Sequence[tuple[str, Sequence[int]]]

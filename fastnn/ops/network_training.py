@@ -43,14 +43,24 @@ class Needs:
 class TrainedNetwork:
     """A program, and what its function of autograd has to know."""
 
+    records = True  # autograd records its runs
+
     def __init__(self, text: str) -> None:
         self.text = text
         self.inputs = sum(line.layer == "input" for line in read(text))
         self._needs: dict[tuple[bool, ...], Needs] = {}
 
+    def takes(self, input: Tensor) -> bool:
+        """Whether an input lies as the network reads it: in any way."""
+        return True
+
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """:func:`train_network` of this program."""
-        return train_network(self, tensors)
+        """The outputs, with their gradients. tensors: the inputs, then the parameters in the program's order. Callers
+        know that the call is plain (:func:`is_plain`) and on the CPU, and that a gradient is wanted.
+
+        Raises RuntimeError where the operators do not take the tensors; then nothing has changed but torch's generator.
+        """
+        return _record(self, *tensors)
 
     def needs(self, requires: tuple[bool, ...]) -> Needs:
         """requires: whether each of the inputs, and then of the parameters, requires a gradient."""
@@ -126,7 +136,7 @@ class _Pass(bytearray):
 
 
 class Network(torch.autograd.Function):
-    """The function that :func:`train_network` records for autograd."""
+    """The function that :meth:`TrainedNetwork.run` records for autograd."""
 
     @staticmethod
     def record(ctx: Any, program: TrainedNetwork, *tensors: Tensor) -> Any:
@@ -194,15 +204,6 @@ class Network(torch.autograd.Function):
 
 
 _record = eager_recorder(Network)
-
-
-def train_network(program: TrainedNetwork, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a network, with their gradients. tensors: the inputs, then the parameters in the program's order.
-    Callers know that the call is plain (:func:`is_plain`) and on the CPU, and that a gradient is wanted.
-
-    Raises RuntimeError where the operators do not take the tensors; then nothing has changed but torch's generator.
-    """
-    return _record(program, *tensors)
 
 
 def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:

@@ -190,17 +190,10 @@ class ConvLayer : public Layer<T> {
 };
 
 inline LayerEntry conv_entry() {
-  return layer_entry<ConvLayer>("conv", {"input", "weight", "bias?", "addend?"},
-                                {{"stride", "ints", "1"},
-                                 {"padding", "ints", "0"},
-                                 {"dilation", "ints", "1"},
-                                 {"groups", "int", "1"},
-                                 {"activation", "activation", "identity"},
-                                 {"pool", "ints", "1"},
-                                 {"pool_stride", "ints", ""},
-                                 {"pool_padding", "ints", "0"},
-                                 {"pool_dilation", "ints", "1"},
-                                 {"ceil_mode", "bool", "0"}});
+  return layer_entry<ConvLayer>(
+      "conv", {"input", "weight", "bias?", "addend?"},
+      with_activation_and_pool(
+          {{"stride", "ints", "1"}, {"padding", "ints", "0"}, {"dilation", "ints", "1"}, {"groups", "int", "1"}}));
 }
 
 }  // namespace fastnn

@@ -144,16 +144,10 @@ class LayerNormLayer : public Layer<T> {
 
 inline LayerEntry batch_norm_entry() {
   return layer_entry<BatchNormLayer>("batch_norm", {"input", "mean?", "variance?", "weight?", "bias?"},
-                                     {{"dims", "int", nullptr},
-                                      {"trains", "bool", "1"},
-                                      {"momentum", "float", "0.1"},
-                                      {"epsilon", "float", "1e-05"},
-                                      {"activation", "activation", "identity"},
-                                      {"pool", "ints", "1"},
-                                      {"pool_stride", "ints", ""},
-                                      {"pool_padding", "ints", "0"},
-                                      {"pool_dilation", "ints", "1"},
-                                      {"ceil_mode", "bool", "0"}});
+                                     with_activation_and_pool({{"dims", "int", nullptr},
+                                                               {"trains", "bool", "1"},
+                                                               {"momentum", "float", "0.1"},
+                                                               {"epsilon", "float", "1e-05"}}));
 }
 inline LayerEntry softmax_entry() {
   return layer_entry<SoftmaxLayer>("softmax", {"input"}, {{"logarithm", "bool", "0"}, {"dim", "int", "-1"}});

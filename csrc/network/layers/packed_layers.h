@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../kernels/mlp.h"
-#include "../layer.h"
+#include "../array.h"
 
 namespace fastnn {
 
@@ -10,8 +10,8 @@ namespace fastnn {
 template <class T>
 class PackedLayers {
  public:
-  // Sets `packed` of the layers, whose blocks begin at `key` in what was packed before. They are valid while this
-  // lives.
+  // Sets `packed` of the layers. key: that of their blocks in what was packed before. The panels are valid while this
+  // object lives.
   PackedLayers(const MlpKernels<T>& kernels, MlpLayer<T>* layers, size_t count, int64_t rows, int64_t key,
                PackedReader& before)
       : own_(take(kernels, layers, count, rows, key, before)) {
@@ -19,7 +19,7 @@ class PackedLayers {
     for (size_t i = 0; i < count; ++i) {
       MlpLayer<T>& layer = layers[i];
       if (layer.packed || !kernels.worth_packing(rows, layer.in, layer.out)) continue;
-      const int64_t parts = useful_threads(kPackWork * static_cast<double>(layer.in) * static_cast<double>(layer.out));
+      const int64_t parts = useful_threads(kCopyWork * static_cast<double>(layer.in) * static_cast<double>(layer.out));
       parallel_chunks(parts, parts, [&](int64_t part, int64_t, int64_t) {
         kernels.pack(layer.weight, layer.out, layer.in, part, parts, next);
       });
@@ -29,8 +29,6 @@ class PackedLayers {
   }
 
  private:
-  static constexpr double kPackWork = 4;  // moving an element costs as much as so many floating-point operations
-
   // Sets what was packed before -> the elements to be packed here.
   static int64_t take(const MlpKernels<T>& kernels, MlpLayer<T>* layers, size_t count, int64_t rows, int64_t key,
                       PackedReader& before) {

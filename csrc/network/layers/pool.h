@@ -380,7 +380,7 @@ inline LayerEntry avg_pool_entry() {
                                     {"padding", "ints", "0"},
                                     {"count_include_pad", "bool", "1"}});
 }
-inline LayerEntry adaptive_avg_entry() {
+inline LayerEntry adaptive_avg_pool_entry() {
   return layer_entry<AdaptiveAverageLayer>("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}});
 }
 inline LayerEntry mean_entry() {

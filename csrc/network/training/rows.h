@@ -169,7 +169,7 @@ void draw_scales(double drops, const Tensor& scales) {
   if (drops == 1) return static_cast<void>(std::fill_n(to, count, T(0)));
   draw_ones(scales, 1 - drops);
   const T scale = static_cast<T>(1 - drops);
-  parallel_range(count, 4, [&](int64_t first, int64_t last) {
+  parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) to[i] /= scale;
   });
 }
