@@ -28,7 +28,8 @@ class RandomNetwork:
 
 
 class _Builder:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, trains: bool) -> None:
+        self.trains = trains
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.lines: list[Line] = []
@@ -79,12 +80,18 @@ def _conv(b: _Builder) -> None:
     groups = b.random.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
     out = groups * b.random.choice((1, 2, 3, 5, 8, 17)) if groups > 1 else b.random.choice((1, 3, 8, 16, 20, 33))
     spans = list(zip(x.sizes[2:], kernel, stride, dilation, padding, strict=True))
-    if any(size + 2 * p < d * (k - 1) + 1 for size, k, _, d, p in spans):
+    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    ends, crop = padding, [0] * dims
+    if not b.trains and b.random.random() < 0.3:
+        attributes["padding_end"] = ends = [b.random.randint(0, k) for k in kernel]
+        attributes["crop"] = crop = [b.random.choice((0, 1, 2)) for _ in kernel]
+    padded = [size + p + end for (size, *_, p), end in zip(spans, ends, strict=True)]
+    if any(size < d * (k - 1) + 1 for size, (_, k, _, d, _) in zip(padded, spans, strict=True)):
         return
-    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, d, p in spans]
+    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, (_, k, s, d, _) in zip(padded, spans, strict=True)]
+    sizes = [size - less for size, less in zip(sizes, crop, strict=True)]
     if min(sizes) < 1:
         return
-    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     inputs = {"input": [x], "weight": b.weight(out, channels // groups, *kernel), **b.bias(out)}
     fitting = [value for value in b.values if tuple(value.sizes) == (x.sizes[0], out, *sizes)]
     if b.random.random() < 0.3 and min(sizes) >= 2:
@@ -163,7 +170,9 @@ def _rnn(b: _Builder) -> None:
     if x is None or 0 in x.sizes:
         return
     is_one = len(x.sizes) == 2  # a sequence by itself
-    mode, batch_first = b.random.choice(list(MODES)), b.random.random() < 0.5
+    batch_first = b.random.random() < 0.5
+    is_long = max(x.sizes[:2]) > 60  # where numbers that nothing bounds would grow beyond float32
+    mode = b.random.choice([mode for mode in MODES if not is_long or mode.name != "RNN_RELU"])
     directions, layers, hidden = b.random.randint(1, 2), b.random.randint(1, 2), b.random.choice((1, 5, 8, 17))
     biased = b.random.random() < 0.7
     weights: list[Value] = []
@@ -197,6 +206,8 @@ def _binary(b: _Builder) -> None:
     function = b.random.choice(("add", "sub", "mul", "maximum", "minimum"))
     attributes = {"function": function, "activation": b.activation(), "reverses": b.random.random() < 0.3}
     kind = b.random.choice(("number", "weight", "value", "gate"))
+    if kind != "number" and not b.trains and b.random.random() < 0.3:
+        attributes |= {"input_activation": b.activation(), "other_activation": b.activation()}
     if kind == "number":
         b.add("binary", {"input": [x]}, x.sizes, number=b.random.uniform(-2, 2), **attributes)
     elif kind == "weight":
@@ -299,6 +310,20 @@ def _split(b: _Builder) -> None:
     b.values += outputs
 
 
+def _gate(b: _Builder) -> None:
+    """Two parts of a value, each with an activation, are multiplied."""
+    x = b.random.choice(b.values)
+    dims = [dim for dim, size in enumerate(x.sizes) if size > 1 and size % 2 == 0]
+    if not dims:
+        return
+    dim = 1 if 1 in dims and b.random.random() < 0.7 else b.random.choice(dims)
+    half = x.sizes[dim] // 2
+    sizes = [*x.sizes[:dim], half, *x.sizes[dim + 1 :]]
+    parts = [b.add("slice", {"input": [x]}, sizes, dim=dim, start=i * half, stop=(i + 1) * half) for i in range(2)]
+    parts = [b.add("activation", {"input": [part]}, sizes, activation=b.activation()) for part in parts]
+    b.add("binary", {"input": [parts[0]], "other": [parts[1]]}, sizes, function="mul")
+
+
 def _reshape(b: _Builder) -> None:
     x = b.random.choice(b.values)
     if len(x.sizes) < 2:
@@ -382,6 +407,7 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "reshape": (2, _reshape),
     "view": (2, _view),
     "split": (1, _split),
+    "gate": (1, _gate),
     "permute": (1, _permute),
     "slice": (1, _slice),
     "cat": (2, _cat),
@@ -389,9 +415,9 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
 }
 
 
-def random_network(seed: int) -> RandomNetwork:
-    """A network of some ten layers, its weights and inputs."""
-    b = _Builder(seed)
+def random_network(seed: int, trains: bool = False) -> RandomNetwork:
+    """A network of some ten layers, its weights and inputs. trains: only of what layers in training have, too."""
+    b = _Builder(seed, trains)
     rank = b.random.choice((2, 3, 3, 4, 4, 4, 4, 5))
     batch = b.random.choice((1, 1, 2, 3, 8, 17))
     most = {2: 0, 3: 24, 4: 16, 5: 7}[rank]
@@ -411,7 +437,7 @@ def random_network(seed: int) -> RandomNetwork:
     taken = {value for line in b.lines for value in line.taken()}
     made = [value for line in b.lines for value in line.outputs]
     if not made:
-        return random_network(seed + 10**6)
+        return random_network(seed + 10**6, trains)
     outputs = [value for value in made if value not in taken] or [made[-1]]
     outputs.append(b.random.choice(made))
     given = [(value, ",".join(b.random.choice((str(size), ":")) for size in value.sizes)) for value, _ in b.inputs]
@@ -422,7 +448,7 @@ def random_network(seed: int) -> RandomNetwork:
 
 def trainable_network(seed: int) -> RandomNetwork:
     """The same, of layers that a training step has: activations and addends are lines of their own."""
-    net = random_network(seed)
+    net = random_network(seed, trains=True)
     lines: list[str] = []
     values: dict[str, str] = {}
     for line in net.text.split("\n"):

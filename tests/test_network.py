@@ -7,8 +7,10 @@ from random_networks import check
 from torch import Tensor
 from torch.testing import assert_close
 
+from fastnn.activations import parse_one
 from fastnn.network_program import KINDS
 from fastnn.reference.network import LAYERS
+from fastnn.testing import using_threads
 
 
 def test_the_reference_has_every_layer() -> None:
@@ -113,3 +115,95 @@ output input=y,z"""
     exact = [F.softmax(x.double(), -1), F.log_softmax(x.double(), -1)]
     for found, wanted in zip(run(text, [x], []), exact, strict=True):
         assert_close(found.double(), wanted, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_sizes_at_the_ends_of_a_convolution(size: int) -> None:
+    """More zeros on one side than on the other, and a crop: results without elements, and the errors, are torch's."""
+    text = """fastnn.network 1
+input -> x sizes=:,3,:
+weight -> w sizes=4,3,3
+conv input=x weight=w -> y dilation=2 padding=2 padding_end=1 crop=3
+output input=y"""
+    x, weight = torch.randn(2, 3, size), torch.randn(4, 3, 3)
+    padded = F.pad(x, (2, 1))
+    if size + 3 < 5:
+        for call in (lambda: F.conv1d(padded, weight, dilation=2), lambda: run(text, [x], [weight])[0]):
+            with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+                call()
+    else:
+        assert_close(run(text, [x], [weight])[0], F.conv1d(padded, weight, dilation=2)[:, :, :-3])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [6, 32])
+@pytest.mark.parametrize("length", [1, 50, 3000])
+def test_parts_are_read_where_they_lie(length: int, channels: int, dtype: torch.dtype, threads: int) -> None:
+    """Parts of a value, and parts of parts, by every layer that reads them in place, in the format that the convolution
+    makes likely."""
+    text = f"""fastnn.network 1
+input -> x sizes=:,{channels},:
+weight -> w sizes={channels},{channels},1
+conv input=x weight=w -> y
+split input=y -> a b dim=1 chunks=2
+binary input=a other=b -> g function=mul input_activation=tanh other_activation=sigmoid
+slice input=b -> c dim=1 start=1 stop=3
+activation input=c -> d activation=relu
+binary input=c other=d -> e function=sub reverses=1 activation=silu
+binary input=a -> n function=div number=3.0
+slice input=x -> s dim=0 start=1
+binary input=s other=s -> q function=add input_activation=elu(1.0)
+cat inputs=b,a -> k dim=1
+output input=g,e,n,q,k,b"""
+    x = torch.randn(3, channels, length, dtype=dtype)
+    weight = torch.randn(channels, channels, 1, dtype=dtype)
+    a, b = F.conv1d(x.double(), weight.double()).chunk(2, 1)
+    c, s = b[:, 1:3], x.double()[1:]
+    wanted = [
+        torch.tanh(a) * torch.sigmoid(b), F.silu(F.relu(c) - c), a / 3, F.elu(s) + s, torch.cat([b, a], 1), b,
+    ]  # fmt: skip
+    with using_threads(threads):
+        found = run(text, [x], [weight])
+    limit = 1e-12 if dtype == torch.float64 else 2e-5
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one.double(), other, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["relu", "hardtanh(0.0,6.0)", "hardtanh(-0.5,0.25)", "gelu"])
+@pytest.mark.parametrize(
+    "case", ["linear", "direct", "pixels", "winograd", "product", "depthwise", "strided", "dilated"]
+)
+def test_bounds_of_sums(case: str, activation: str, dtype: torch.dtype, instruction_set: str) -> None:
+    """Activations that keep sums between two bounds, NaN among them, by every algorithm and in either format."""
+    sizes, weight_sizes, settings = {
+        "linear": ((33, 20), (19, 20), {}),
+        "direct": ((2, 20, 9, 11), (24, 20, 3, 2), {}),
+        "pixels": ((2, 3, 17, 19), (5, 3, 3, 3), {"padding": 1}),
+        "winograd": ((2, 64, 12, 13), (64, 64, 3, 3), {"padding": 1}),
+        "product": ((2, 40, 9, 11), (24, 40, 1, 1), {}),
+        "depthwise": ((2, 64, 9, 11), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+        "strided": ((1, 32, 12, 10), (32, 1, 3, 5), {"padding": 2, "stride": 2, "groups": 32}),
+        "dilated": ((2, 48, 3, 4), (48, 1, 3, 3), {"padding": 3, "dilation": 3, "groups": 48}),
+    }[case]
+    x, weight, bias = (torch.randn(*size, dtype=dtype) for size in (sizes, weight_sizes, weight_sizes[:1]))
+    x.view(-1)[7] = torch.nan
+    words = "".join(f" {name}={value}" for name, value in settings.items())
+    line = f"linear input=a weight=w bias=b -> y activation={activation}"
+    if case != "linear":  # a layer of its own in front, so that the format is the network's choice
+        line = f"conv input=a weight=w bias=b -> y{words} activation={activation}"
+    text = f"""fastnn.network 1
+input -> x sizes={",".join(":" if d != 1 else str(size) for d, size in enumerate(sizes))}
+weight -> w sizes={",".join(map(str, weight_sizes))}
+weight -> b sizes={weight_sizes[0]}
+activation input=x -> a activation=relu
+{line}
+output input=y"""
+    (found,) = run(text, [x], [weight, bias])
+    given = F.relu(x.double())
+    y = F.linear(given, weight.double(), bias.double()) if case == "linear" else (
+        F.conv2d(given, weight.double(), bias.double(), **settings))  # fmt: skip
+    wanted = parse_one(activation)(y)
+    limit = 1e-11 if dtype == torch.float64 else 1e-4
+    assert_close(found.double(), wanted, rtol=limit, atol=limit, equal_nan=True)

@@ -57,9 +57,9 @@ def _pair(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> 
     return copy.deepcopy(model), fastnn.fuse(model)
 
 
-def _networks(model: nn.Module) -> list[str]:
-    """The programs of the functions that the model's forward has become."""
-    found = model.forward.traces[model.training][0]._stretched.get(True)  # type: ignore[attr-defined]
+def _networks(model: nn.Module, trains: bool = True) -> list[str]:
+    """The programs of the functions, or in inference of the calls, that the model's forward has become."""
+    found = model.forward.traces[model.training][0]._stretched.get(trains)  # type: ignore[attr-defined]
     return [] if found is None else list(found.networks)
 
 
@@ -799,3 +799,41 @@ def test_parameters_that_are_computed(passes: set[int]) -> None:
         assert called == ["fastnn::network_unpacked"]
         assert_close(found, stock(*inputs))
     _compare(stock, fused, inputs, 1e-9)
+
+
+class _Causal(nn.Module):
+    """Causal convolutions in the two ways that people write them, and a gate of two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 8, 3, padding=4, dilation=2), nn.Conv1d(8, 16, 2, dilation=3)
+        self.third = nn.Conv2d(1, 4, 3, stride=2, padding=(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x)[:, :, :-4].contiguous())
+        value, gate = self.second(F.pad(y, (3, 0))).chunk(2, 1)
+        y = torch.tanh(value) * torch.sigmoid(gate)
+        z = F.relu6(self.third(F.pad(y.unsqueeze(1), (0, 1, 2, 0)))[..., :-1, :])
+        return torch.cat([z.flatten(1), F.glu(y, 1).flatten(1), self.first(x)[:, :, 1:-2].flatten(1)], 1)
+
+
+@pytest.mark.parametrize("how", ["fuse", "freeze"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_causal_models_in_inference(how: str, dtype: torch.dtype) -> None:
+    stock = _Causal().to(dtype).eval()
+    x = torch.randn(2, 3, 30, dtype=dtype)
+    model: Any = fastnn.fuse(copy.deepcopy(stock)) if how == "fuse" else fastnn.freeze(copy.deepcopy(stock), (x,))
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    with torch.no_grad():
+        for given in (x, x, torch.randn(3, 3, 30, dtype=dtype)):
+            assert_close(model(given), stock(given), rtol=limit, atol=limit)
+        if how == "fuse":
+            assert_close(model(x[:, :, :7]), stock(x[:, :, :7]), rtol=limit, atol=limit)
+            (program,) = _networks(model, trains=False)
+        else:
+            program = str(model)
+    lines = [line.split() for line in program.split("\n")]
+    assert not any(words and words[0] in ("pad", "contiguous", "activation") for words in lines)
+    assert "crop=4" in program
+    assert "padding_end=0" in program
+    assert "input_activation=tanh other_activation=sigmoid" in program

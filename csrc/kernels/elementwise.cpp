@@ -175,6 +175,15 @@ void blend(const T* x, const T* y, T part, int64_t count, T* to) {
 }
 
 template <class T>
+void copy_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step) {
+  for (int64_t r = 0; r < runs; ++r) {
+    for (int64_t i = 0; i < length; i += kLanes<T>) {
+      store_up_to<T>(to + r * to_step + i, load_up_to<T>(from + r * from_step + i, length - i), length - i);
+    }
+  }
+}
+
+template <class T>
 void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step) {
   if (length == 1) {
     for (int64_t r = 0; r < runs; ++r) to[r * to_step] += from[r * from_step];
@@ -191,8 +200,17 @@ void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T*
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>,   sum_rows<T>, sum<T>,        largest<T>, average<T>,
-          add_runs<T>, softmax<T>,  layer_norm<T>, blend<T>,   transpose_matrix<T, T>};
+  return {binary<T>,
+          sum_rows<T>,
+          sum<T>,
+          largest<T>,
+          average<T>,
+          copy_runs<T>,
+          add_runs<T>,
+          softmax<T>,
+          layer_norm<T>,
+          blend<T>,
+          transpose_matrix<T, T>};
 }
 
 }  // namespace

@@ -37,6 +37,8 @@ struct ElementwiseKernels {
   // The same with factor * the sum of the positions.
   void (*average)(const T* const* places, int64_t count, int64_t step, int64_t windows, int64_t channels, T factor,
                   T* to, int64_t to_step);
+  // Copies runs of `length` elements that lie `from_step` and `to_step` apart.
+  void (*copy_runs)(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step);
   // Adds runs of `length` elements that lie `from_step` and `to_step` apart: to[r * to_step + i] += from[r * from_step
   // + i] for r < runs.
   void (*add_runs)(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step);

@@ -9,6 +9,7 @@
 #include "../kernels/conv/machine.h"
 #include "../kernels/conv/problem.h"
 #include "../kernels/elementwise.h"
+#include "../ops/mlp_by_layers.h"
 #include "../ops/product.h"
 #include "layer.h"
 
@@ -61,6 +62,35 @@ struct Loops {
       }
     });
   }
+
+  // Calls body(offsets, rows, length) for blocks of about `most` elements: of `rows` whole runs of the innermost
+  // dimension, which are neighbours along the next dimension, or of one piece of a run.
+  template <class Body>
+  void for_each_block(int64_t most, double work, const Body& body) const {
+    const size_t last = sizes.size() - 1;
+    const int64_t run = sizes[last], rows = last > 0 ? sizes[last - 1] : 1;
+    const int64_t length = std::min(run, most), together = std::min(rows, std::max<int64_t>(1, most / run));
+    const int64_t pieces = (run + length - 1) / length, cuts = (rows + together - 1) / together;
+    int64_t outer = 1;
+    for (size_t d = 0; d + 1 < last; ++d) outer *= sizes[d];
+    const auto each = [&](int64_t item) {
+      const int64_t first = item % pieces * length, row = item / pieces % cuts * together;
+      std::array<int64_t, count> offsets{};
+      int64_t left = item / pieces / cuts;
+      for (size_t d = last; d-- > 1;) {
+        for (size_t a = 0; a < count; ++a) offsets[a] += left % sizes[d - 1] * strides[a][d - 1];
+        left /= sizes[d - 1];
+      }
+      for (size_t a = 0; a < count; ++a) {
+        offsets[a] += first * strides[a][last] + (last > 0 ? row * strides[a][last - 1] : 0);
+      }
+      body(offsets, std::min(together, rows - row), std::min(length, run - first));
+    };
+    parallel_range(outer * cuts * pieces, work * static_cast<double>(together * length),
+                   [&](int64_t first, int64_t last_item) {
+                     for (int64_t item = first; item < last_item; ++item) each(item);
+                   });
+  }
 };
 
 // Dimensions in the order in which a value lies in memory.
@@ -73,7 +103,8 @@ inline std::vector<size_t> memory_order(size_t rank, bool channels_last) {
   return order;
 }
 
-constexpr double kCopyWork = 4;  // moving an element costs as much as so many floating-point operations
+constexpr double kCopyWork = 4;   // moving an element costs as much as so many floating-point operations
+constexpr int64_t kBlock = 1024;  // elements that are moved or computed together, in L1
 
 // to = from, over arrays of these sizes and strides. The order of the dimensions is that of `to` in memory.
 template <class T>
@@ -86,13 +117,14 @@ void copy_array(const T* from, const Ints& from_strides, T* to, const Ints& to_s
   const Ints &source = loops.strides[0], &target = loops.strides[1];
   const size_t last = loops.sizes.size() - 1;
   const int64_t length = loops.sizes[last];
+  const auto& kernels = elementwise_kernels().get<T>();
   if (source[last] == 1 && target[last] == 1) {
-    return loops.for_each_run(1, kCopyWork, [&](const auto& at) {
-      std::memcpy(to + at[1], from + at[0], static_cast<size_t>(length) * sizeof(T));
+    return loops.for_each_block(kBlock, kCopyWork, [&](const auto& at, int64_t rows, int64_t some) {
+      const size_t d = last > 0 ? last - 1 : 0;
+      kernels.copy_runs(from + at[0], source[d], rows, some, to + at[1], target[d]);
     });
   }
   if (last > 0 && target[last] == 1 && source[last - 1] == 1) {  // a transposition of matrices
-    const auto& kernels = elementwise_kernels().get<T>();
     return loops.for_each_run(2, kCopyWork, [&](const auto& at) {
       kernels.transpose(from + at[0], source[last], length, loops.sizes[last - 1], to + at[1], target[last - 1]);
     });
@@ -102,15 +134,68 @@ void copy_array(const T* from, const Ints& from_strides, T* to, const Ints& to_s
   });
 }
 
-// to = a op b, over arrays of these sizes and strides; an operand that is broadcast along a dimension has the stride 0
-// there. The order of the dimensions is that of `to` in memory.
+// An operand of combine_arrays: an array, and an activation of its elements. The stride is 0 along a dimension along
+// which the operand is broadcast.
 template <class T>
-void combine_arrays(BinaryKind kind, const T* a, const Ints& a_strides, const T* b, const Ints& b_strides, T* to,
-                    const Ints& to_strides, const Ints& sizes, const std::vector<size_t>& order) {
+struct Operand {
+  const T* from;
+  Ints strides;
+  Activation activation = kIdentity;
+
+  bool is_activated() const { return activation.kind != ActivationKind::identity; }
+};
+
+// The elements of an operand that a block takes, one behind the other: where they are, or in `block` (kBlock).
+template <class T>
+const T* elements_of_block(const Operand<T>& operand, int64_t offset, int64_t step, int64_t rows, int64_t length,
+                           T* block) {
+  const T* from = operand.from + offset;
+  if (rows > 1 && step != length) {
+    elementwise_kernels().get<T>().copy_runs(from, step, rows, length, block, length);
+    from = block;
+  }
+  if (!operand.is_activated()) return from;
+  mlp_kernels().elementwise.get<T>().activate(operand.activation, from, block, rows * length);
+  return block;
+}
+
+// to = a op b, over arrays of these sizes and strides. The order of the dimensions is that of `to`, which is dense, in
+// memory.
+template <class T>
+void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, T* to, const Ints& to_strides,
+                    const Ints& sizes, const std::vector<size_t>& order) {
+  for (const int64_t size : sizes) {
+    if (size == 0) return;
+  }
   const auto& kernels = elementwise_kernels().get<T>();
-  const Loops<3> loops(sizes, {a_strides, b_strides, to_strides}, order);
+  const Loops<3> loops(sizes, {a.strides, b.strides, to_strides}, order);
   const size_t last = loops.sizes.size() - 1;
   const int64_t length = loops.sizes[last], a_step = loops.strides[0][last], b_step = loops.strides[1][last];
+  const bool activates = a.is_activated() || b.is_activated();
+  if (a_step == 1 && b_step == 1 && (activates || (last > 0 && length < kBlock))) {
+    const double work = activates ? kActivationWork : kCopyWork;
+    const size_t d = last > 0 ? last - 1 : 0;
+    return loops.for_each_block(kBlock, work, [&](const auto& at, int64_t rows, int64_t some) {
+      const Scratch<T> a_block(kBlock), b_block(kBlock);
+      const T* const left = elements_of_block(a, at[0], loops.strides[0][d], rows, some, a_block.get());
+      const T* const right = elements_of_block(b, at[1], loops.strides[1][d], rows, some, b_block.get());
+      kernels.binary(kind, left, 1, right, 1, rows * some, to + at[2]);
+    });
+  }
+  if (activates) {  // an operand that is broadcast, or lies across the result
+    int64_t elements = 1;
+    for (const int64_t size : sizes) elements = checked_product(elements, size);
+    const Scratch<T> whole(checked_product(2, elements));
+    Operand<T> dense[2] = {a, b};
+    for (int i = 0; i < 2; ++i) {
+      if (!dense[i].is_activated()) continue;
+      T* const copy = whole.get() + i * elements;
+      copy_array(dense[i].from, dense[i].strides, copy, to_strides, sizes, order);
+      activate(dense[i].activation, copy, elements, copy);
+      dense[i] = {copy, to_strides};
+    }
+    return combine_arrays(kind, dense[0], dense[1], to, to_strides, sizes, order);
+  }
   loops.for_each_run(1, 1, [&](const auto& at) {
     // An operand of another format than the result lies across the run.
     const Scratch<T> a_run(a_step > 1 ? length : 0), b_run(b_step > 1 ? length : 0);
@@ -119,8 +204,8 @@ void combine_arrays(BinaryKind kind, const T* a, const Ints& a_strides, const T*
       for (int64_t i = 0; i < length; ++i) run[i] = from[i * step];
       return static_cast<const T*>(run);
     };
-    kernels.binary(kind, in_a_run(a + at[0], a_step, a_run.get()), std::min<int64_t>(a_step, 1),
-                   in_a_run(b + at[1], b_step, b_run.get()), std::min<int64_t>(b_step, 1), length, to + at[2]);
+    kernels.binary(kind, in_a_run(a.from + at[0], a_step, a_run.get()), std::min<int64_t>(a_step, 1),
+                   in_a_run(b.from + at[1], b_step, b_run.get()), std::min<int64_t>(b_step, 1), length, to + at[2]);
   });
 }
 

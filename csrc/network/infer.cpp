@@ -137,12 +137,13 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
     switch (place.kind) {
       case Place::input:
         at[value] = const_cast<void*>(dense_inputs[static_cast<size_t>(place.index)].const_data_ptr());
+        at[value] = static_cast<T*>(at[value]) + place.offset;
         break;
       case Place::output:
-        at[value] = outputs[static_cast<size_t>(place.index)].mutable_data_ptr();
+        at[value] = static_cast<T*>(outputs[static_cast<size_t>(place.index)].mutable_data_ptr()) + place.offset;
         break;
       case Place::weight:
-        at[value] = const_cast<T*>(network.weights[place.index].data);
+        at[value] = const_cast<T*>(network.weights[place.index].data) + place.offset;
         break;
       case Place::memory:
         at[value] = memory.get() + place.offset;

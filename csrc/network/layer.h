@@ -24,6 +24,9 @@ struct ValueType {
   bool is_integer = false;  // int64, as an embedding takes it; all else is of the network's dtype
   // Where the value is a part of a concatenation of channels: the elements from a pixel to the next; else 0.
   int64_t pitch = 0;
+  // Where the value is a part of another value that is read where it lies: the elements from one to the next along each
+  // dimension; else empty.
+  Ints part_strides = {};
 
   int64_t count() const {
     int64_t result = 1;
@@ -33,6 +36,7 @@ struct ValueType {
   bool channels_last() const { return format == Format::channels_last; }
   // The elements from one to the next along each dimension.
   Ints strides() const {
+    if (!part_strides.empty()) return part_strides;
     const size_t rank = sizes.size();
     Ints strides(rank);
     int64_t stride = 1;
@@ -133,6 +137,11 @@ class Layer {
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory, seen with other sizes. Then `run` is not called.
   virtual bool is_view(const Site<T>&) const { return false; }
+  // If an output is a part of the first input, which can be read where it lies in long enough runs: sets the output's
+  // `part_strides`, and returns how many elements of the input lie before the part. Else returns -1.
+  virtual int64_t part_of_input(const Site<T>&, size_t, ValueType&) const { return -1; }
+  // Whether the layer reads its inputs by their strides, so that they may be parts of other values.
+  virtual bool reads_parts() const { return false; }
   // Whether the output is the inputs' channels one behind the other, channels last.
   virtual bool joins_channels(const Site<T>&) const { return false; }
   // Whether the layer can write an output that is a part of a concatenation: see ValueType::pitch.

@@ -10,7 +10,7 @@ namespace fastnn {
 struct Place {
   enum Kind : int8_t { nowhere, input, output, weight, memory } kind = nowhere;
   int64_t index = 0;   // which input, output or weight it is
-  int64_t offset = 0;  // in the memory between layers, in elements
+  int64_t offset = 0;  // in the memory between layers, or in the input, output or weight, in elements
 };
 
 template <class T>
@@ -30,6 +30,7 @@ class Plan {
     for (size_t i = 0; i < sites.size(); ++i) {
       is_idle.push_back(sites[i].is_empty() || network.steps[i].layer->is_view(sites[i]));
     }
+    set_read_parts();
     for (size_t i = 0; i < sites.size(); ++i) {
       if (!is_idle[i]) sites[i].prepared = network.steps[i].layer->prepare(sites[i]);
     }
@@ -243,6 +244,44 @@ class Plan {
     }
   }
 
+  // A part of a value is read where it lies, if all layers that take the part can do that.
+
+  std::vector<int64_t> offset_in_whole_;  // of each value; 0 unless it is such a part
+
+  void set_read_parts() {
+    offset_in_whole_.assign(values.size(), 0);
+    std::vector<char> is_read(values.size(), true);  // only by layers that can read parts
+    const auto keep = [&](int64_t value) { is_read[at(value)] = false; };
+    for (const auto& step : network_.steps) {
+      const Layer<T>& layer = *step.layer;
+      const size_t number = static_cast<size_t>(&step - network_.steps.data());
+      if (layer.reads_parts() && !layer.is_view(sites[number])) continue;
+      for (const int64_t input : layer.inputs) keep(input);
+    }
+    for (const int64_t output : network_.outputs) keep(output);
+    for (const auto& [value, part] : parts_) keep(static_cast<int64_t>(value));
+    for (size_t i = 0; i < sites.size(); ++i) {
+      const Layer<T>& layer = *network_.steps[i].layer;
+      Site<T>& site = sites[i];
+      for (size_t k = 0; k < layer.inputs.size(); ++k)
+        site.inputs[k].part_strides = values[at(layer.inputs[k])].part_strides;
+      if (is_idle[i]) continue;
+      std::vector<ValueType> parts = site.outputs;
+      std::vector<int64_t> offsets;
+      for (size_t k = 0; k < parts.size(); ++k) {
+        const int64_t offset = is_read[at(layer.outputs[k])] ? layer.part_of_input(site, k, parts[k]) : -1;
+        if (offset < 0) break;
+        offsets.push_back(checked_sum(offset, offset_in_whole_[at(layer.inputs[0])]));
+      }
+      if (offsets.size() < parts.size()) continue;
+      is_idle[i] = true;
+      for (size_t k = 0; k < parts.size(); ++k) {
+        offset_in_whole_[at(layer.outputs[k])] = offsets[k];
+        values[at(layer.outputs[k])] = parts[k];
+      }
+    }
+  }
+
   // ---- places ----
   // A value needs memory from the step that makes it to the last step that reads it or one of its views.
 
@@ -264,12 +303,15 @@ class Plan {
     std::vector<size_t> first(values.size(), SIZE_MAX), last(values.size());
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
-      if (layer.is_view(sites[i])) root[at(layer.outputs[0])] = root[at(layer.inputs[0])];
+      const bool is_part = !values[at(layer.outputs[0])].part_strides.empty();
+      if (is_part || layer.is_view(sites[i])) {
+        for (const int64_t output : layer.outputs) root[at(output)] = root[at(layer.inputs[0])];
+      }
       const size_t read = layer.inputs.size() - layer.sizes_only;
       for (size_t k = 0; k < read; ++k) last[root[at(layer.inputs[k])]] = i;
       for (const int64_t output : layer.outputs) {
         const size_t own = root[at(output)];
-        if (layer.is_view(sites[i])) continue;
+        if (is_part || layer.is_view(sites[i])) continue;
         first[own] = std::min(first[own], i);
         last[own] = std::max(last[own], i);
       }
@@ -290,6 +332,7 @@ class Plan {
     place_between(between, first, last);
     for (size_t value = 0; value < values.size(); ++value) places[value] = places[root[value]];
     for (const auto& [value, part] : parts_) places[value].offset += part.offset;
+    for (size_t value = 0; value < values.size(); ++value) places[value].offset += offset_in_whole_[value];
   }
 
   // Places the largest values first, each at the lowest offset that is free for as long as the value lives.

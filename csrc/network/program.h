@@ -73,8 +73,8 @@ struct ProgramLine {
     }
     return value;
   }
-  Activation activation() const {
-    const std::string_view from = text("activation");
+  Activation activation(const char* name = "activation") const {
+    const std::string_view from = text(name);
     const char *at = from.data(), *const end = at + from.size();
     Activation result;
     if (!read_activation(at, end, result) || at != end) refuse("there is no activation \"", std::string(from), "\"");

@@ -133,7 +133,8 @@ ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dim
 }
 
 // The geometry of checked arguments.
-ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& weight, const ConvPoolArguments& a) {
+ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& weight, const ConvPoolArguments& a,
+                             const ConvEnds& ends) {
   ConvPoolGeometry g{};
   const int64_t dims = static_cast<int64_t>(a.stride.size());
   g.batch = input[0];
@@ -149,12 +150,14 @@ ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& we
                  ": a dimension is too large, expected less than 2**31");
     g.stride[d] = given ? a.stride[i] : 1;
     g.padding[d] = given ? a.padding[i] : 0;
+    g.padding_end[d] = given && !ends.padding.empty() ? ends.padding[static_cast<size_t>(i)] : g.padding[d];
     g.dilation[d] = given ? a.dilation[i] : 1;
     g.pool_kernel[d] = given ? a.pool_kernel_size[i] : 1;
     g.pool_stride[d] = given ? a.pool_stride[i] : 1;
     g.pool_padding[d] = given ? a.pool_padding[i] : 0;
     g.pool_dilation[d] = given ? a.pool_dilation[i] : 1;
-    g.conv[d] = (g.input[d] + 2 * g.padding[d] - g.kernel_extent(d)) / g.stride[d] + 1;
+    g.conv[d] = g.whole_conv(d);
+    if (given && !ends.crop.empty()) g.conv[d] = std::max<int64_t>(0, g.conv[d] - ends.crop[static_cast<size_t>(i)]);
     g.output[d] =
         pooled_size(g.conv[d], g.pool_kernel[d], g.pool_stride[d], g.pool_padding[d], g.pool_dilation[d], a.ceil_mode);
   }
@@ -168,7 +171,7 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
     for (int64_t d = 3 - dims; d < 3; ++d) values.push_back(value_of(static_cast<int>(d)));
     return values;
   };
-  const auto padded = [&](int d) { return g.input[d] + 2 * g.padding[d]; };
+  const auto padded = [&](int d) { return g.padded(d); };
   for (int d = 0; d < 3; ++d) {
     FASTNN_CHECK(padded(d) >= g.kernel_extent(d), "Calculated padded input size per channel: (",
                  joined(given(padded), " x "), "). Kernel size: (",
@@ -180,6 +183,7 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
                  "Only zero batch or zero channel inputs are supported, but got input shape: ", to_string(input));
   }
   for (int d = 0; d < 3; ++d) {
+    if (g.conv[d] == 0 && g.pool_kernel[d] == 1) continue;  // all conv pixels are left out
     FASTNN_CHECK(dims != 1 || g.output[d] > 0, "max_pool1d() Invalid computed output size: ", g.output[d]);
     const int64_t channels = g.groups * g.out_channels;
     FASTNN_CHECK(g.output[d] > 0, "Given input size: (", channels, "x",
@@ -194,7 +198,7 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
 void check_products(const char* op, const ConvPoolGeometry& g) {
   double image = 1, padded_image = 1, together = 1, apart = 1, multiplied = 1;
   for (int d = 0; d < 3; ++d) {
-    const int64_t padded = g.input[d] + 2 * g.padding[d], pooled = g.pool_extent(d) + 2 * g.pool_padding[d];
+    const int64_t padded = g.padded(d), pooled = g.pool_extent(d) + 2 * g.pool_padding[d];
     const double reach = static_cast<double>(g.pool_extent(d) - 1) * static_cast<double>(g.stride[d]) +
                          static_cast<double>(g.kernel_extent(d));
     image *= static_cast<double>(g.input[d]);
@@ -226,7 +230,8 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
   return problem;
 }
 
-ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry) {
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry,
+                           const ConvEnds& ends) {
   const char* op = kind.op;
   const int64_t dims = static_cast<int64_t>(input.size()) - 2;
   FASTNN_CHECK(dims >= 1 && dims <= 3, op,
@@ -240,7 +245,7 @@ ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes
   check_pool(a, dims);
   for (size_t i = 0; i + 2 < geometry.size(); ++i)
     FASTNN_CHECK(geometry[i] < kLargest, op, ": ", geometry[i], " is too large, expected less than 2**31");
-  const ConvPoolGeometry g = geometry_of(op, input, weight, a);
+  const ConvPoolGeometry g = geometry_of(op, input, weight, a, ends);
   check_sizes_fit(input, g, dims);
   check_products(op, g);
   const double work = 2.0 * g.batch * g.groups * g.out_channels * g.conv[0] * g.conv[1] * g.conv[2] * g.depth();

@@ -16,6 +16,12 @@ struct ConvPoolArguments {
   bool ceil_mode;
 };
 
+// How a convolution differs at the end of each dimension from one of torch's. Empty lists mean: not at all.
+struct ConvEnds {
+  Ints padding;  // zeros behind the input, if not as many as in front
+  Ints crop;     // so many of the last conv pixels are left out
+};
+
 struct ConvPoolProblem {
   Expected kind;
   int64_t dims;
@@ -28,7 +34,8 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
                               const std::optional<Tensor>& bias, const Ints& geometry);
 
 // The same for an input and a weight of which only the sizes are known.
-ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry);
+ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry,
+                           const ConvEnds& ends = {});
 
 // ---- memory formats -----------------------------------------------------------------------------------------
 

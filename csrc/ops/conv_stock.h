@@ -56,7 +56,7 @@ void pool_images(const ConvKernels<T>& kernels, const ConvCall<T>& call, const T
   for (int d = 0; d < 3; ++d) {
     g.input[d] = g.conv[d];
     g.kernel[d] = g.stride[d] = g.dilation[d] = 1;
-    g.padding[d] = 0;
+    g.padding[d] = g.padding_end[d] = 0;
   }
   const bool channels_last = layout.c == 1 && layout.d[2] != 1;
   const ForwardAlgorithm algorithm = channels_last                 ? ForwardAlgorithm::depthwise

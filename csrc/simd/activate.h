@@ -120,6 +120,14 @@ struct ActivationFunction {
   }
 };
 
+// The bounds of an activation that does no more than to keep numbers between them; infinities for the others.
+template <class T>
+FASTNN_INLINE Bounds<T> bounds_of(const Activation& activation) {
+  if (activation.kind == ActivationKind::relu) return {T(0)};
+  if (activation.kind != ActivationKind::hardtanh) return {};
+  return {static_cast<T>(activation.parameters[0]), static_cast<T>(activation.parameters[1])};
+}
+
 // Calls body(function) with the run-time activation as an ActivationFunction.
 template <class T, class Body>
 FASTNN_INLINE void with_activation(const Activation& activation, const Body& body) {

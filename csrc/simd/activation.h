@@ -62,6 +62,11 @@ struct Activation {
 
 constexpr Activation kIdentity{ActivationKind::identity, {}}, kRelu{ActivationKind::relu, {}};
 
+// Whether the activation does no more than to keep numbers between two bounds: see bounds_of in activate.h.
+static inline bool only_bounds(const Activation& activation) {
+  return activation.kind == ActivationKind::relu || activation.kind == ActivationKind::hardtanh;
+}
+
 static inline DerivedFrom derived_from(const Activation& activation) {
   return kActivations[static_cast<int32_t>(activation.kind)].derived_from;
 }

@@ -99,31 +99,14 @@ FASTNN_INLINE Vec<double> times_power_of_two(Vec<double> x, Vec<double> shifted)
 #endif
 
 // x limited to [low, high]. NaN stays.
-#if defined(__AVX512F__)
-// Written as intrinsics: where masks have registers of their own, the compiler does not make one instruction of a
-// comparison and a choice.
-FASTNN_INLINE Vec<float> at_least(Vec<float> x, float low) {
-  return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
-}
-FASTNN_INLINE Vec<float> at_most(Vec<float> x, float high) {
-  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
-}
-FASTNN_INLINE Vec<double> at_least(Vec<double> x, double low) {
-  return (Vec<double>)_mm512_max_pd(_mm512_set1_pd(low), (__m512d)x);
-}
-FASTNN_INLINE Vec<double> at_most(Vec<double> x, double high) {
-  return (Vec<double>)_mm512_min_pd(_mm512_set1_pd(high), (__m512d)x);
-}
-#else
 template <class V, class T>
 FASTNN_INLINE V at_least(V x, T low) {
-  return x < broadcast<T>(low) ? broadcast<T>(low) : x;
+  return larger_of(broadcast<T>(low), x);
 }
 template <class V, class T>
 FASTNN_INLINE V at_most(V x, T high) {
-  return x > broadcast<T>(high) ? broadcast<T>(high) : x;
+  return smaller_of(broadcast<T>(high), x);
 }
-#endif
 
 template <class T, int n>
 FASTNN_INLINE Lockstep<T, n> bounded(const Lockstep<T, n>& x, T low, T high) {

@@ -378,6 +378,26 @@ FASTNN_INLINE Vec<double> larger_of(Vec<double> x, Vec<double> y) {
 }
 #endif
 
+template <class V>
+FASTNN_INLINE V smaller_of(V x, V y) {
+  return x < y ? x : y;
+}
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> smaller_of(Vec<float> x, Vec<float> y) {
+  return (Vec<float>)_mm512_min_ps((__m512)x, (__m512)y);
+}
+FASTNN_INLINE Vec<double> smaller_of(Vec<double> x, Vec<double> y) {
+  return (Vec<double>)_mm512_min_pd((__m512d)x, (__m512d)y);
+}
+#endif
+
+// Bounds between which numbers are kept. By smaller_of(most, larger_of(least, x)), NaN stays NaN, and a zero that
+// equals a bound keeps its sign.
+template <class T>
+struct Bounds {
+  T least = -static_cast<T>(__builtin_inf()), most = static_cast<T>(__builtin_inf());
+};
+
 // max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.
 template <class V>
 FASTNN_INLINE V relu(V x) {

@@ -647,6 +647,12 @@ def _t(read: Reader, node: Node, x: Any) -> None:
     read.finish(node, read.permute(value, list(range(len(value.sizes)))[::-1]))
 
 
+@_row(_aten.clone.default, _aten.contiguous.default)
+def _contiguous(read: Reader, node: Node, x: Any, memory_format: Any = None) -> None:
+    value = read.data(x)
+    read.finish(node, read.add("contiguous", {"input": [value]}, value.sizes))
+
+
 @_row(_aten.slice.Tensor)
 def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> None:
     value = read.data(x)

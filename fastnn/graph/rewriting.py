@@ -97,6 +97,17 @@ def _used(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
 # ---- rules: each says whether it has rewritten the line -------------------------------------------------------------
 
 
+def _drop_contiguous(program: _Lines, line: Line) -> bool:
+    """Removes a line that only asks for another order of elements in memory, which is the network's own affair."""
+    if line.layer != "contiguous" or line.outputs[0] in program.results:
+        return False
+    value = line.inputs["input"][0]
+    program.lines.remove(line)
+    program.uses[value] -= 1
+    program.replace(line.outputs[0], value)
+    return True
+
+
 def _drop_copy(program: _Lines, line: Line) -> bool:
     """Removes a reshape to the sizes that its input already has."""
     value = line.inputs["input"][0] if line.layer == "reshape" else None
@@ -179,6 +190,40 @@ def _pools(layer: Line) -> bool:
     return any(size != 1 for name in ("pool", "pool_stride") for size in layer.attributes.get(name, ()))
 
 
+def _take_padding(program: _Lines, line: Line) -> bool:
+    """Lets a convolution pad its input by itself, on one side more than on the other if need be."""
+    pad = program.before(line) if line.layer == "conv" else None
+    if pad is None or pad.layer != "pad" or pad.attributes["value"] != 0:
+        return False
+    dims, padding = len(line.attributes["stride"]), list(pad.attributes["padding"])
+    if len(padding) > 2 * dims or min(padding) < 0:
+        return False
+    padding += [0] * (2 * dims - len(padding))
+    own = line.attributes["padding"]
+    own_end = line.attributes.get("padding_end", own)
+    line.attributes["padding"] = [one + padding[2 * (dims - 1 - d)] for d, one in enumerate(own)]
+    line.attributes["padding_end"] = [one + padding[2 * (dims - 1 - d) + 1] for d, one in enumerate(own_end)]
+    program.lines.remove(pad)
+    line.inputs["input"] = pad.inputs["input"]
+    return True
+
+
+def _crop(program: _Lines, line: Line) -> bool:
+    """Lets a convolution leave out the last elements, which the line behind it cuts off, as causal models do."""
+    conv = program.before(line) if line.layer == "slice" else None
+    if conv is None or conv.layer != "conv" or "addend" in conv.inputs or _pools(conv):
+        return False
+    dims, stop = len(conv.attributes["stride"]), line.attributes.get("stop", 0)
+    dim = line.attributes["dim"] % (dims + 2) - 2
+    if dim < 0 or stop >= 0 or line.attributes.get("start", 0) != 0 or line.attributes.get("step", 1) != 1:
+        return False
+    crop = list(conv.attributes.get("crop", [0] * dims))
+    crop[dim] -= stop
+    conv.attributes["crop"] = crop
+    program.merge(line, conv)
+    return True
+
+
 def _take_activation(program: _Lines, line: Line) -> bool:
     """Makes an activation part of the layer before it."""
     if line.layer != "activation":
@@ -213,6 +258,22 @@ def _take_addend(program: _Lines, line: Line) -> bool:
         program.merge(line, before)
         return True
     return False
+
+
+def _take_gate(program: _Lines, line: Line) -> bool:
+    """Lets a function of two values activate its operands, as a gate does: tanh(x) * sigmoid(y)."""
+    if line.layer != "binary" or "other" not in line.inputs:
+        return False
+    rewritten = False
+    for name in ("input", "other"):
+        before = program.before(line, name)
+        if before is None or before.layer != "activation" or f"{name}_activation" in line.attributes:
+            continue
+        line.attributes[f"{name}_activation"] = before.attributes["activation"]
+        line.inputs[name] = before.inputs["input"]
+        program.lines.remove(before)
+        rewritten = True
+    return rewritten
 
 
 def _take_pool(program: _Lines, line: Line) -> bool:
@@ -330,14 +391,21 @@ def _as_mean(program: _Lines, line: Line) -> bool:
 _Rule = Callable[[_Lines, Line], bool]
 _RULES: Sequence[_Rule] = (
     _drop_copy,
+    _drop_contiguous,
+    _take_padding,
+    _crop,
     _fold_arithmetic,
     _take_activation,
     _relu_before_pool,
     _take_addend,
     _take_pool,
     _take_last_step,
+    _take_gate,
 )
 _RULES_WITHOUT_ADDENDS: Sequence[_Rule] = (
+    _drop_contiguous,
+    _take_padding,
+    _crop,
     _fold_norm,
     _split_norm,
     _as_mean,
@@ -345,4 +413,4 @@ _RULES_WITHOUT_ADDENDS: Sequence[_Rule] = (
     _relu_before_pool,
     _take_pool,
 )
-_RULES_UNPACKED = (*_RULES_WITHOUT_ADDENDS, _take_addend)
+_RULES_UNPACKED: Sequence[_Rule] = (*_RULES_WITHOUT_ADDENDS, _take_addend, _take_gate)

@@ -67,9 +67,13 @@ def _conv(line: TextLine, taken: Taken) -> list[Tensor]:
     weight = _one(taken, "weight")
     dims = weight.dim() - 2
     stride, padding, dilation, pool = (_each(line[name], dims) for name in ("stride", "padding", "dilation", "pool"))
-    y = getattr(F, f"conv{dims}d")(
-        _one(taken, "input"), weight, _one(taken, "bias"), stride, padding, dilation, line["groups"]
-    )
+    x = _one(taken, "input")
+    if line["padding_end"]:
+        ends = zip(padding, _each(line["padding_end"], dims), strict=True)
+        x, padding = F.pad(x, [one for pair in reversed(list(ends)) for one in pair]), [0] * dims
+    y = getattr(F, f"conv{dims}d")(x, weight, _one(taken, "bias"), stride, padding, dilation, line["groups"])
+    for dim, crop in enumerate(_each(line["crop"] or [0], dims), start=2):
+        y = y.narrow(dim, 0, max(0, y.shape[dim] - crop))
     if "addend" in taken:
         y = y + _one(taken, "addend")
     y = parse_one(line["activation"])(y)
@@ -147,6 +151,7 @@ def rnn_layer(line: TextLine, taken: Taken, masks: Tensor | None = None) -> list
 def _binary(line: TextLine, taken: Taken) -> list[Tensor]:
     x: Any = _one(taken, "input")
     other: Any = _one(taken, "other") if "other" in taken else torch.full_like(x, line["number"])
+    x, other = parse_one(line["input_activation"])(x), parse_one(line["other_activation"])(other)
     first, second = (other, x) if line["reverses"] else (x, other)
     return [parse_one(line["activation"])(getattr(torch, line["function"])(first, second))]
 

@@ -53,15 +53,19 @@ struct Segment {
   Inside inside;            // the conv pixels that exist
 };
 
-// Pools a block's conv rows into memory of its own, the stage, and writes the stage to the output.
+// Pools a block's conv rows into memory of its own, the stage, and writes the stage to the output. Where nothing is
+// pooled, and whoever makes the rows can do that, they are made in the stage at once.
 template <class T>
 class ChannelPool {
   using C = Compute<T>;
 
  public:
-  ChannelPool(const ConvCall<T>& call, const BandPlan& band, const RingPlan& ring, Parts& parts)
+  ChannelPool(const ConvCall<T>& call, const BandPlan& band, const RingPlan& ring, Parts& parts,
+              bool makes_in_stage = false)
       : call_(call),
         g_(call.geometry),
+        makes_in_stage_(makes_in_stage && g_.pools_nothing() && !call.winners),
+        bounds_(bounds_of(call)),
         segment_(band.segment),
         width_(kBlockVectors * kLanes<C>),
         ring_(ring, parts.take<C>(ring.slices * ring.rows * ring.row_size),
@@ -75,10 +79,21 @@ class ChannelPool {
     fill(outside_, ring.row_size, kMinusInfinity<C>);
   }
 
+  // Makes the bias that of a block.
+  void start(const Band& band, const Block& block) {
+    width_ = block.vectors * kLanes<C>;
+    const int64_t channel = band.group * g_.out_channels + block.first;
+    for (int64_t i = 0; i < width_; i += kLanes<C>) {
+      const int64_t left = block.count - i;
+      store(bias_ + i, call_.bias && left > 0 ? load_up_to<T>(call_.bias + channel + i, left) : Vec<C>{});
+    }
+  }
+
   const C* bias() const { return bias_; }
 
   // The place for the first conv pixel of a row segment that lies inside the convolution's output.
   C* row(int64_t z, int64_t y, const Segment& segment) const {
+    if (makes_in_stage_) return stage_ + ((y - first_row_) * stage_columns_ + segment.column) * width_;
     return ring_.slot(z, y) + segment.inside.first * width_;
   }
   const Ring<C>& ring() const { return ring_; }
@@ -101,10 +116,16 @@ class ChannelPool {
   template <class Before, class Make>
   void run(const Band& band, int64_t image, const Block& block, const Before& before, const Make& make) {
     start(band, block);
+    first_row_ = band.row;
+    stage_columns_ = band.columns;
     for (int64_t first = 0; first < band.columns; first += segment_) {
       Segment segment = {first, smaller(segment_, band.columns - first), first * g_.pool_stride[2], {}};
       const int64_t extent = (segment.columns - 1) * g_.pool_stride[2] + g_.pool_extent(2);
       segment.inside = overlap(band.conv[2] + segment.conv, extent, g_.conv[2]);
+      if (makes_in_stage_) {
+        for (int64_t r = 0; r < band.rows; ++r) make(band.slice, band.row + r, segment);
+        continue;
+      }
       start(segment, extent);
       before(segment);
       for (int64_t r = 0; r < band.rows; ++r) {
@@ -121,15 +142,6 @@ class ChannelPool {
   }
 
  private:
-  void start(const Band& band, const Block& block) {
-    width_ = block.vectors * kLanes<C>;
-    const int64_t channel = band.group * g_.out_channels + block.first;
-    for (int64_t i = 0; i < width_; i += kLanes<C>) {
-      const int64_t left = block.count - i;
-      store(bias_ + i, call_.bias && left > 0 ? load_up_to<T>(call_.bias + channel + i, left) : Vec<C>{});
-    }
-  }
-
   void start(const Segment& segment, int64_t extent) const {
     ring_.forget();
     if (segment.inside.first == 0 && segment.inside.last == extent) return;
@@ -146,9 +158,8 @@ class ChannelPool {
     uint8_t* winners = call_.winners ? winner_stage_ + at * width_ : nullptr;
     const int64_t tap = g_.pool_dilation[2] * width_, taps = g_.pool_kernel[2];
     for (int64_t i = 0; i < g_.places(); ++i) places_[i] = rows_[i / taps] + i % taps * tap;
-    pool_windows<C>(
-        {places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors, call_.rectifies()},
-        to, winners);
+    pool_windows<C>({places_, g_.places(), g_.pool_stride[2] * width_, width_, segment.columns, block.vectors, bounds_},
+                    to, winners);
     for_each_empty(g_, band.column + segment.column, segment.columns, any, [&](int64_t x) {
       fill(to + x * width_, width_, kMinusInfinity<C>);
       if (winners) __builtin_memset(winners + x * width_, kDead, width_);
@@ -165,13 +176,16 @@ class ChannelPool {
       const int64_t at = image * layout.n + channel * layout.c + band.slice * layout.d[0] +
                          (band.row + r) * layout.d[1] + band.column * layout.d[2];
       write_pixels(call_, at, block.count, count, stage_ + r * count * width_, winner_stage_ + r * count * width_,
-                   width_);
+                   width_, makes_in_stage_ ? &bounds_ : nullptr);
     }
   }
 
   const ConvCall<T>& call_;
   const ConvPoolGeometry& g_;
+  const bool makes_in_stage_;
+  const Bounds<C> bounds_;
   const int64_t segment_;
+  int64_t first_row_ = 0, stage_columns_ = 0;  // of the stage
   int64_t width_;
   const Ring<C> ring_;
   C* outside_;

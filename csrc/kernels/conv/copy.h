@@ -2,7 +2,6 @@
 // memory format.
 #pragma once
 
-#include "../../simd/activate.h"
 #include "../../simd/transpose.h"
 #include "pool.h"
 
@@ -164,7 +163,7 @@ void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   for (int64_t first = 0; first < count; first += most) {
     const int64_t some = smaller(most, count - first);
     copy_run(from + first, some, pixels);
-    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1, true}, best, winners ? places : nullptr);
+    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1, {C(0)}}, best, winners ? places : nullptr);
     copy_out(best, some, to + first);
     if (winners) copy_out(places, some, winners + first);
   }
@@ -207,11 +206,28 @@ FASTNN_SHARED void finish_rows(const ConvCall<T>& call, int64_t at, int64_t chan
   });
 }
 
-// Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on.
+// Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on. bounds: to take of
+// them, or null if that has been done.
 template <class T, class C>
-void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
-                  const uint8_t* winners, int64_t pitch) {
+void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, C* from, const uint8_t* winners,
+                  int64_t pitch, const Bounds<C>* bounds) {
   const ConvLayout& layout = call.output_layout;
+  if (layout.d[2] != 1 && bounds) {
+    const Vec<C> least = broadcast<C>(bounds->least), most = broadcast<C>(bounds->most);
+    for (int64_t x = 0; x < count; ++x) {
+      const C* const pixel = from + x * pitch;
+      T* const to = call.output + at + x * layout.d[2];
+      for (int64_t c = 0; c < channels; c += kLanes<C>) {
+        const Vec<C> sums = load(pixel + c);  // the pitch is whole vectors
+        store_up_to<T>(to + c, smaller_of(most, larger_of(least, sums)), channels - c);
+      }
+    }
+    return finish_rows(call, at, channels, count);
+  }
+  if (bounds && call.bounds()) {
+    const C* const place = from;
+    pool_windows<C>({&place, 1, pitch, pitch, count, pitch / kLanes<C>, *bounds}, from, nullptr);
+  }
   if (layout.d[2] == 1) {
     transpose_matrix(from, pitch, count, channels, call.output + at, layout.c);
     if (call.winners) transpose_matrix(winners, pitch, count, channels, call.winners + at, layout.c);

@@ -9,10 +9,24 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
+// Where the sums of a block's pixels go, and what they are kept between.
+template <class C>
+struct DepthwiseSums {
+  C* to;
+  int64_t step;  // from a pixel to the next
+  Bounds<C> bounds;
+
+  FASTNN_INLINE void set(int64_t pixel, int64_t lane, Vec<C> sum) const {
+    store(to + pixel * step + lane, smaller_of(broadcast(bounds.most), larger_of(broadcast(bounds.least), sum)));
+  }
+  DepthwiseSums from(int64_t pixel) const { return {to + pixel * step, step, bounds}; }
+};
+
 // Sums of `pixels` pixels of one vector of channels.
 template <int pixels, class C>
 FASTNN_INLINE void depthwise_tile(const C* from, int64_t step, const int64_t* offsets, int64_t taps, const C* weight,
-                                  int64_t width, Vec<C> bias, C* to) {
+                                  int64_t width, Vec<C> bias, const DepthwiseSums<C>& result, int64_t first,
+                                  int64_t lane) {
   Vec<C> sums[pixels];
 #pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) sums[p] = bias;
@@ -23,7 +37,71 @@ FASTNN_INLINE void depthwise_tile(const C* from, int64_t step, const int64_t* of
     for (int p = 0; p < pixels; ++p) sums[p] = multiply_add(load(at + p * step), right, sums[p]);
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) store(to + p * width, sums[p]);
+  for (int p = 0; p < pixels; ++p) result.set(first + p, lane, sums[p]);
+}
+
+// Sums of `count` pixels of a block, side by side, in tiles that are as equal as possible.
+template <class C>
+void depthwise_pixels(const C* from, int64_t step, int64_t count, const int64_t* offsets, int64_t taps, const C* weight,
+                      int vectors, const C* bias, const DepthwiseSums<C>& result) {
+  const int64_t width = vectors * kLanes<C>;
+  for (int64_t lane = 0; lane < width; lane += kLanes<C>) {
+    const Vec<C> first = load(bias + lane);
+    with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
+      constexpr int pixels = decltype(tile)::value;
+      for (int64_t next = 0; next < count; next += pixels) {
+        const int64_t x = smaller(next, count - pixels);  // the last tile may begin in the one before
+        depthwise_tile<pixels>(from + x * step + lane, step, offsets, taps, weight + lane, width, first, result, x,
+                               lane);
+      }
+    });
+  }
+}
+
+// The kernel positions along a dimension that lie on the input, for the conv pixel `at`.
+FASTNN_INLINE Inside taps_inside(const ConvPoolGeometry& g, int d, int64_t at) {
+  const int64_t start = at * g.stride[d] - g.padding[d], room = g.input[d] - start;
+  const int64_t first = start < 0 ? divide_up(-start, g.dilation[d]) : 0;
+  return {smaller(first, g.kernel[d]), room <= 0 ? 0 : smaller(g.kernel[d], divide_up(room, g.dilation[d]))};
+}
+
+// Sums of conv pixels [first, first + count) of row y, from an image that is channels last, without a copy of it:
+// positions on the padding are left out.
+template <class C>
+void depthwise_row(const ConvPoolGeometry& g, const ConvLayout& layout, const C* image, int64_t y, int64_t first,
+                   int64_t count, const int64_t* offsets, const C* weight, int vectors, const C* bias,
+                   const DepthwiseSums<C>& result) {
+  const int64_t width = vectors * kLanes<C>, taps = g.kernel[2];
+  const Inside rows = taps_inside(g, 1, y);
+  const int64_t height = larger(0, rows.last - rows.first);
+  const auto input_at = [&](int64_t x, int64_t tap) {
+    return image + (y * g.stride[1] - g.padding[1] + rows.first * g.dilation[1]) * layout.d[1] +
+           (x * g.stride[2] - g.padding[2] + tap * g.dilation[2]) * layout.d[2];
+  };
+  weight += rows.first * taps * width;
+  // Inside, no position of the kernel is on the padding.
+  const int64_t reach = g.input[2] + g.padding[2] - g.kernel_extent(2), last = first + count;
+  const int64_t begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
+  const int64_t end = larger(begin, smaller(last, reach < 0 ? begin : reach / g.stride[2] + 1));
+  if (end > begin && height > 0) {
+    depthwise_pixels(input_at(begin, 0), g.stride[2] * layout.d[2], end - begin, offsets, height * taps, weight,
+                     vectors, bias, result.from(begin - first));
+  }
+  for (int64_t x = first; x < last; ++x) {
+    if (height > 0 && x == begin) x = end;
+    if (x >= last) break;
+    const Inside columns = taps_inside(g, 2, x);
+    for (int64_t lane = 0; lane < width; lane += kLanes<C>) {
+      Vec<C> sum = load(bias + lane);
+      for (int64_t h = 0; h < height; ++h) {
+        for (int64_t w = columns.first; w < columns.last; ++w) {
+          const C* const at = input_at(x, w) + h * g.dilation[1] * layout.d[1];
+          sum = multiply_add(load(at + lane), load(weight + (h * taps + w) * width + lane), sum);
+        }
+      }
+      result.set(x - first, lane, sum);
+    }
+  }
 }
 
 // The call as one group whose output channels are the groups.
@@ -65,10 +143,15 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
   Parts parts(scratch);
   C* const copies = parts.take<C>(plan.together * plan.copy_size);
   int64_t* const offsets = parts.take<int64_t>(taps);
-  ChannelPool<T> pool(call, plan.band, plan.ring, parts);
+  ChannelPool<T> pool(call, plan.band, plan.ring, parts, true);
+  const bool in_place = sizeof(T) == sizeof(C) && layout.d[2] != 1 && g.input[0] == 1 && g.kernel[0] == 1 &&
+                        g.out_channels % kLanes<C> == 0;
+  const ConvLayout& out = call.output_layout;
+  const bool writes_at_once = g.pools_nothing() && !call.winners && out.d[2] != 1;
   for (int64_t k = 0; k < taps; ++k) {
-    offsets[k] = k / (g.kernel[1] * g.kernel[2]) * g.dilation[0] * step[0] +
-                 k / g.kernel[2] % g.kernel[1] * g.dilation[1] * step[1] + k % g.kernel[2] * g.dilation[2] * step[2];
+    const int64_t (&steps)[3] = in_place ? layout.d : step;
+    offsets[k] = k / (g.kernel[1] * g.kernel[2]) * g.dilation[0] * steps[0] +
+                 k / g.kernel[2] % g.kernel[1] * g.dilation[1] * steps[1] + k % g.kernel[2] * g.dilation[2] * steps[2];
   }
   // A transpose leaves the lanes beyond the last channel as they are.
   if (layout.d[2] == 1 && g.out_channels % most) fill_zeros(copies, plan.together * plan.copy_size);
@@ -107,28 +190,32 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
     part_of(blocks_of<C>(g), band.part, plan.block_parts, first, last);
     for (int64_t b = first; b < last; ++b) {
       const int64_t place = (b - first) % plan.together;
-      if (place == 0) copy_blocks(band, b, smaller(b + plan.together, last));
+      if (place == 0 && !in_place) copy_blocks(band, b, smaller(b + plan.together, last));
       const Block block = block_of<C>(g, b);
-      const int64_t width = block.vectors * kLanes<C>;
       const C* const copy = copies + place * plan.copy_size;
       const C* weight = call.packed + block.first * taps;
-      pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
-        const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +
-                        (segment.conv + segment.inside.first) * g.stride[2] * step[2];
-        C* to = pool.row(z, y, segment);
-        const int64_t count = segment.inside.last - segment.inside.first, pixel = g.stride[2] * step[2];
-        for (int v = 0; v < block.vectors; ++v) {
-          const int64_t lane = v * kLanes<C>;
-          const Vec<C> bias = load(pool.bias() + lane);
-          with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
-            constexpr int pixels = decltype(tile)::value;
-            for (int64_t next = 0; next < count; next += pixels) {
-              const int64_t x = smaller(next, count - pixels);  // the last tile may begin in the one before
-              depthwise_tile<pixels>(from + x * pixel + lane, pixel, offsets, taps, weight + lane, width, bias,
-                                     to + x * width + lane);
-            }
-          });
+      const C* const image = reinterpret_cast<const C*>(call.input) + band.image * layout.n + block.first;
+      if (in_place && writes_at_once) {
+        pool.start(band, block);
+        for (int64_t r = 0; r < band.rows; ++r) {
+          const int64_t at = band.image * out.n + block.first + (band.row + r) * out.d[1] + band.column * out.d[2];
+          depthwise_row<C>(g, layout, image, band.row + r, band.column, band.columns, offsets, weight, block.vectors,
+                           pool.bias(), {reinterpret_cast<C*>(call.output) + at, out.d[2], bounds_of(call)});
+          finish_rows(call, at, block.count, band.columns);
         }
+        continue;
+      }
+      pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
+        const int64_t count = segment.inside.last - segment.inside.first, pixel = g.stride[2] * step[2];
+        const int64_t column = segment.conv + segment.inside.first;
+        const DepthwiseSums<C> sums = {pool.row(z, y, segment), block.vectors * kLanes<C>, {}};
+        if (in_place) {
+          return depthwise_row(g, layout, image, y, band.conv[2] + column, count, offsets, weight, block.vectors,
+                               pool.bias(), sums);
+        }
+        const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +
+                        column * pixel;
+        depthwise_pixels(from, pixel, count, offsets, taps, weight, block.vectors, pool.bias(), sums);
       });
     }
   }

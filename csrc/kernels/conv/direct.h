@@ -107,7 +107,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   Parts parts(scratch);
   In* const copy = parts.take<In>(plan.copy_size);
   int64_t* const offsets = parts.take<int64_t>(plan.depth);
-  ChannelPool<T> pool(call, plan.band, plan.ring, parts);
+  ChannelPool<T> pool(call, plan.band, plan.ring, parts, !by_matrix && !plan.whole_band);
   const int64_t depth = by_matrix ? plan.depth * plan.runs.numbers / 2 : plan.depth;  // of the weight
   if constexpr (by_runs) {
     list_blocks(call, offsets);

@@ -15,7 +15,8 @@ struct ConvPoolGeometry {
   int64_t batch, groups;
   int64_t in_channels, out_channels;  // of one group
   int64_t input[3], kernel[3], stride[3], padding[3], dilation[3];
-  int64_t conv[3];  // the convolution's output
+  int64_t padding_end[3];  // zeros behind the input, where torch has as many as in front: `padding`
+  int64_t conv[3];         // the convolution's output, of which the last elements may be left out
   int64_t pool_kernel[3], pool_stride[3], pool_padding[3], pool_dilation[3];
   int64_t output[3];
 
@@ -26,6 +27,15 @@ struct ConvPoolGeometry {
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
+  int64_t padded(int d) const { return input[d] + padding[d] + padding_end[d]; }
+  // What `conv` is where nothing is left out.
+  int64_t whole_conv(int d) const { return (padded(d) - kernel_extent(d)) / stride[d] + 1; }
+  // Whether the convolution is one of torch's: see `padding_end` and `conv`.
+  bool ends_as_in_torch() const {
+    bool same = true;
+    for (int d = 0; d < 3; ++d) same = same && padding[d] == padding_end[d] && conv[d] == whole_conv(d);
+    return same;
+  }
   // Whether any conv pixel reads the input at `at`, counted from where a conv pixel's input begins. Strides may skip
   // it.
   bool meets(int d, int64_t at) const {

@@ -147,13 +147,13 @@ class PixelsForward {
     const C* const weight = call_.packed + (band_.group * g_.out_channels + first_) * plan_.depth;
     const C* rectified = sums;
     if (call_.winners) {
-      sum_run(copy_, offsets_, weight, false, sums);
+      sum_run(copy_, offsets_, weight, {}, sums);
       places_[0] = sums;
-      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>, call_.rectifies()},
+      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>, bounds_of(call_)},
                       stage_, winner_stage_);
       rectified = stage_;
     } else {
-      sum_run(copy_, offsets_, weight, call_.rectifies(), sums);
+      sum_run(copy_, offsets_, weight, bounds_of(call_), sums);
     }
     for (int64_t r = 0; r < band_.rows; ++r) {
       const int64_t row = r * plan_.step[1];
@@ -168,13 +168,13 @@ class PixelsForward {
            (band_.row + r) * layout.d[1] + band_.column * layout.d[2];
   }
 
-  // A run of conv pixels of each of the block's outputs, or their ReLU.
-  void sum_run(const C* pixels, const int64_t* offsets, const C* weight, bool rectifies, C* to) const {
+  // A run of conv pixels of each of the block's outputs, within bounds.
+  void sum_run(const C* pixels, const int64_t* offsets, const C* weight, const Bounds<C>& bounds, C* to) const {
     const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
     for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
       tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
-            weight + k * count_, count_, k == 0 ? bias_ : nullptr, rectifies && k + kLongestSum >= plan_.depth, to,
-            plan_.conv_run});
+            weight + k * count_, count_, k == 0 ? bias_ : nullptr,
+            k + kLongestSum >= plan_.depth ? bounds : Bounds<C>{}, to, plan_.conv_run});
     }
   }
 
@@ -196,7 +196,7 @@ class PixelsForward {
                             weight,
                             count_,
                             bias_,
-                            call_.rectifies(),
+                            bounds_of(call_).least,
                             stage_ + staged * plan_.pitch,
                             plan_.band.stage_rows * plan_.pitch,
                             winner_stage_ + staged * plan_.pitch};
@@ -227,7 +227,7 @@ class PixelsForward {
                      column / g_.pool_stride[2] * images;
       }
       const int64_t result = plan_.band.stage_rows * plan_.pitch;
-      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors, call_.rectifies()}, to, winners);
+      pool_windows<C>({places_, g_.places(), plan_.conv_run, result, count_, vectors, bounds_of(call_)}, to, winners);
       for_each_empty(g_, band_.column, band_.columns, any, [&](int64_t x) {
         for (int64_t o = 0; o < count_; ++o) {
           fill(to + o * result + x * images, images, kMinusInfinity<C>);
@@ -248,7 +248,7 @@ class PixelsForward {
     for (int64_t residue = 0; residue < used; ++residue) {
       C* const to = slot + residue * plan_.block * plan_.conv_run;
       const int64_t* offsets = offsets_ + residue * plan_.depth;
-      sum_run(pixels, offsets, weight, false, to);
+      sum_run(pixels, offsets, weight, {}, to);
       // Conv column conv[2] + residue + stride * place does not exist before `first` and from `last` on: there the
       // maximum must not be taken, so that minus infinity is written.
       const int64_t start = band_.conv[2] + residue;

@@ -712,7 +712,7 @@ namespace {
 // nor pixels fill a vector.
 bool stock_wins(const Planner& p, const ConvPlan& best) {
   const ConvPoolGeometry& g = p.g;
-  if (p.request.element_bytes == 8 || best.cost < tuned::kSmallCall) return false;
+  if (p.request.element_bytes == 8 || best.cost < tuned::kSmallCall || !g.ends_as_in_torch()) return false;
   if (g.groups > 1 && p.request.input_channels_last && g.in_channels * g.out_channels < p.lanes) {
     return best.algorithm != ForwardAlgorithm::depthwise;
   }

@@ -5,6 +5,7 @@
 // away) and vectors of windows (the next one is a vector away).
 #pragma once
 
+#include "../../simd/activate.h"
 #include "band.h"
 #include "winner.h"
 
@@ -19,11 +20,10 @@ FASTNN_INLINE void fill(C* to, int64_t count, C value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// What larger_of raises conv pixels to: with ReLU to zero, else to nothing. (Of NaN, and of zeros of both signs, it
-// keeps the pixel.)
-template <class C>
-FASTNN_INLINE Vec<C> least_of(bool rectifies) {
-  return broadcast<C>(rectifies ? C(0) : kMinusInfinity<C>);
+// The bounds that the sums or the largest of them are kept between.
+template <class T>
+FASTNN_INLINE Bounds<Compute<T>> bounds_of(const ConvCall<T>& call) {
+  return bounds_of<Compute<T>>(call.addend ? kIdentity : call.activation);
 }
 
 // Where the conv pixels of windows lie: position i of window w, vector v, is places[i][w * step + v * lanes].
@@ -34,7 +34,7 @@ struct Windows {
   int64_t step;     // elements from a window to the next
   int64_t to_step;  // elements from the result of a window to the next
   int64_t windows, vectors;
-  bool rectifies;  // takes ReLU of the conv pixels, which is that of the largest
+  Bounds<C> bounds;  // of the conv pixels, and so of the largest
 };
 
 // Pools windows, of `count` positions if that is not 0, assuming that no conv pixel is NaN. Returns false, having
@@ -42,13 +42,13 @@ struct Windows {
 template <class C, int count, bool with_winners>
 bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
   const int64_t places = count > 0 ? count : w.count;
-  const Vec<C> least = least_of<C>(w.rectifies);
+  const Vec<C> least = broadcast<C>(w.bounds.least), most = broadcast<C>(w.bounds.most);
   Vec<C> total = {};  // NaN once a NaN has been seen
   for (int64_t window = 0; window < w.windows; ++window) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
       const Vec<C> first = load(w.places[0] + at);
-      // Only the first pixel is rectified: a later pixel that is above it is positive, and so equals its own ReLU.
+      // Only the first pixel is raised: a later pixel that is above it is not below the bound either.
       Vec<C> sum = first, best = larger_of(least, first);
       Numbers<C> winner = {};
 #pragma GCC unroll 9
@@ -59,6 +59,7 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
       }
       total += sum;
       const int64_t result = window * w.to_step + v * kLanes<C>;
+      best = smaller_of(most, best);
       store(to + result, best);
       if (with_winners) store_winners<C>(best, winner, winners + result);
     }
@@ -69,7 +70,7 @@ bool pool_finite(const Windows<C>& w, C* to, uint8_t* winners) {
 // Pools windows whatever the pixels are.
 template <class C, bool with_winners>
 void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
-  const Vec<C> least = least_of<C>(w.rectifies);
+  const Vec<C> least = broadcast<C>(w.bounds.least), most = broadcast<C>(w.bounds.most);
   for (int64_t window = 0; window < w.windows; ++window) {
     for (int64_t v = 0; v < w.vectors; ++v) {
       const int64_t at = window * w.step + v * kLanes<C>;
@@ -79,6 +80,7 @@ void pool_any(const Windows<C>& w, C* to, uint8_t* winners) {
       for (int64_t i = 1; i < w.count; ++i) {
         take_place<C, with_winners, true>(load(w.places[i] + at), i, best, winner);
       }
+      best = smaller_of(most, best);
       store(to + result, best);
       if (with_winners) store_winners<C>(best, winner, winners + result);
     }

@@ -32,10 +32,10 @@ struct ConvCall {
   Activation activation;
   const T* addend;  // laid out as the output, where each window is a conv pixel; or null
 
-  // Whether ReLU is taken with the pool, or with the sums.
-  bool rectifies() const { return activation.kind == ActivationKind::relu && !addend; }
+  // Whether the activation is taken with the sums or with the pool.
+  bool bounds() const { return !addend && only_bounds(activation); }
   // Whether the output is changed once more where it has been written: see `finish` in copy.h.
-  bool finishes() const { return addend || (!rectifies() && activation.kind != ActivationKind::identity); }
+  bool finishes() const { return addend || (!bounds() && activation.kind != ActivationKind::identity); }
 };
 
 template <class T>

@@ -96,14 +96,14 @@ struct PixelTile {
   int64_t depth;
   const C* weight;  // [depth][weight_step], of which the first outputs of each row are multiplied
   int64_t weight_step;
-  const C* bias;   // [outputs]; null: the sums are added to what stands in `to`
-  bool rectifies;  // ReLU of the sums
+  const C* bias;     // [outputs]; null: the sums are added to what stands in `to`
+  Bounds<C> bounds;  // of the sums
   C* to;
   int64_t to_step;
 };
 
 // Windows that are pooled in registers: for `tiles` vectors of windows side by side, the largest of the values at 2 x
-// pairs window positions, with ReLU also of 0, and its position. The value at a window position is sum over k of
+// pairs window positions and of a bound, and its position. The value at a window position is sum over k of
 // weight[k][o] * pixels[offsets[place][k] + lane] + bias.
 template <class C>
 struct WindowTile {
@@ -114,8 +114,8 @@ struct WindowTile {
   const C* weight;  // [depth][weight_step], of which the first outputs of each row are multiplied
   int64_t weight_step;
   const C* bias;  // [outputs]
-  bool rectifies;
-  C* to;  // [output][to_step]
+  C least;        // of the values
+  C* to;          // [output][to_step]
   int64_t to_step;
   uint8_t* winners;  // laid out as `to`, or null
 };
@@ -224,13 +224,13 @@ void pixel_tile(const PixelTile<C>& call) {
       add_products<rows, vectors>(weight, right, sums);
     }
     C* to = first;
-    const Vec<C> least = broadcast<C>(call.rectifies ? C(0) : -static_cast<C>(__builtin_inf()));
+    const Vec<C> least = broadcast<C>(call.bounds.least), most = broadcast<C>(call.bounds.most);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r, to += call.to_step) {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const Vec<C> add = call.bias ? broadcast<C>(call.bias[r]) : load(to + v * kLanes<C>);
-        store(to + v * kLanes<C>, larger_of(least, sums[r][v] + add));  // NaN stays
+        store(to + v * kLanes<C>, smaller_of(most, larger_of(least, sums[r][v] + add)));  // NaN stays
       }
     }
   }
@@ -240,7 +240,7 @@ template <int rows, bool with_winners, class C>
 void window_tile(const WindowTile<C>& call) {
   const int64_t depth = call.depth, weight_step = call.weight_step;
   const C* pixels = call.pixels;
-  const Vec<C> least = broadcast<C>(call.rectifies ? C(0) : -static_cast<C>(__builtin_inf()));
+  const Vec<C> least = broadcast<C>(call.least);
   for (int64_t t = 0; t < call.tiles; ++t, pixels += kLanes<C>) {
     for (int64_t pair = 0; pair < call.pairs; ++pair) {
       const int64_t *first = call.offsets + 2 * pair * depth, *second = first + depth;
@@ -262,7 +262,7 @@ void window_tile(const WindowTile<C>& call) {
       const auto pool = [&](auto careful) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          // Rectified once, for -0 to stay: later sums are compared unrectified.
+          // Raised once, for -0 to stay: later sums are compared as they are.
           Vec<C> best = pair > 0 ? load(to + r * call.to_step) : larger_of(least, sums[r][0]);
           Numbers<C> winner = {};
           if (with_winners && pair > 0) winner = load_bytes_up_to<C>(winners + r * call.to_step, kLanes<C>);

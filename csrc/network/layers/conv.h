@@ -42,6 +42,10 @@ class ConvLayer : public Layer<T> {
     add("pool_dilation", 1);
     geometry_.push_back(line.integer("groups", 1, kMostSize));
     geometry_.push_back(line.flag("ceil_mode"));
+    const auto at_ends = [&](const char* name) {
+      return line.text(name).empty() ? Ints{} : line.integers(name, 0, kMostSize, dims);
+    };
+    ends_ = {at_ends("padding_end"), at_ends("crop")};
     const bool plain = activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
     bool pools = false;
     for (size_t d = 0; d < dims; ++d) pools = pools || geometry_[3 * dims + d] > 1 || geometry_[4 * dims + d] > 1;
@@ -127,7 +131,7 @@ class ConvLayer : public Layer<T> {
   };
 
   ConvPoolProblem problem(const Ints& input) const {
-    return problem_of({kDtypeOf<T>, 0, "network"}, input, weight_sizes_, geometry_);
+    return problem_of({kDtypeOf<T>, 0, "network"}, input, weight_sizes_, geometry_, ends_);
   }
 
   // Whether the convolution is a product of two matrices: the pixels, whose channels lie together, and the weight.
@@ -135,7 +139,7 @@ class ConvLayer : public Layer<T> {
     const auto has_rows = [](const ValueType& value) {
       return value.channels_last() || product(value.sizes, 2, value.sizes.size()) == 1;
     };
-    bool plain = g.taps() == 1 && g.groups == 1 && g.pools_nothing();
+    bool plain = g.taps() == 1 && g.groups == 1 && g.pools_nothing() && g.ends_as_in_torch();
     for (int d = 0; d < 3; ++d) plain = plain && g.stride[d] == 1 && g.padding[d] == 0;
     return plain && has_rows(site.inputs[0]) && has_rows(site.outputs[0]);
   }
@@ -186,14 +190,18 @@ class ConvLayer : public Layer<T> {
   const T* weight_;
   const T* bias_;
   Ints weight_sizes_, geometry_;
+  ConvEnds ends_;
   Activation activation_;
 };
 
 inline LayerEntry conv_entry() {
-  return layer_entry<ConvLayer>(
-      "conv", {"input", "weight", "bias?", "addend?"},
-      with_activation_and_pool(
-          {{"stride", "ints", "1"}, {"padding", "ints", "0"}, {"dilation", "ints", "1"}, {"groups", "int", "1"}}));
+  return layer_entry<ConvLayer>("conv", {"input", "weight", "bias?", "addend?"},
+                                with_activation_and_pool({{"stride", "ints", "1"},
+                                                          {"padding", "ints", "0"},
+                                                          {"padding_end", "ints", ""},
+                                                          {"crop", "ints", ""},
+                                                          {"dilation", "ints", "1"},
+                                                          {"groups", "int", "1"}}));
 }
 
 }  // namespace fastnn

@@ -108,6 +108,7 @@ class ConvTransposeLayer : public Layer<T> {
         g.input[d] = site.sizes(0)[2 + i];
         g.padding[d] = g.kernel[d] - 1 - start;
         g.conv[d] = g.output[d] = (size - first + stride - 1) / stride;
+        g.padding_end[d] = g.conv[d] + g.kernel[d] - 1 - g.input[d] - g.padding[d];
         exists = exists && g.conv[d] > 0;
         phase.empty = phase.empty || g.kernel[d] <= 0;
       }
@@ -115,7 +116,7 @@ class ConvTransposeLayer : public Layer<T> {
       if (!phase.empty) {
         phase.key = plan_key<T>(*site.kernels.conv, g, site.inputs[0].channels_last(), true, -1);
         phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
-        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // torch knows no padding on one side alone
+        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // a phase cannot be written by torch
           phase.key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
           phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
         }

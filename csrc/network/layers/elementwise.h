@@ -6,6 +6,17 @@
 
 namespace fastnn {
 
+// The elements of the first input, which has the output's size: where they are, or copied to the output, if they are a
+// part of another value.
+template <class T>
+const T* whole_input(const LayerCall<T>& call) {
+  const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+  if (input.part_strides.empty()) return call.input(0);
+  copy_array(call.input(0), input.part_strides, call.output(0), output.strides(), output.sizes,
+             memory_order(output.sizes.size(), output.channels_last()));
+  return call.output(0);
+}
+
 template <class T>
 class ActivationLayer : public Layer<T> {
  public:
@@ -13,9 +24,10 @@ class ActivationLayer : public Layer<T> {
     this->inputs = {line.input("input")};
   }
   FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
   void run(const LayerCall<T>& call) const override {
-    activate(activation_, call.input(0), call.site.outputs[0].count(), call.output(0));
+    activate(activation_, whole_input(call), call.site.outputs[0].count(), call.output(0));
   }
 
  private:
@@ -44,8 +56,12 @@ class BinaryLayer : public Layer<T> {
       number_ = static_cast<T>(line.real("number"));
     }
     reverses_ = line.flag("reverses");
+    of_inputs_[0] = line.activation("input_activation");
+    of_inputs_[1] = line.activation("other_activation");
+    if (!line.has("other") && of_inputs_[0].kind != ActivationKind::identity) line.refuse("expected other=...");
   }
   FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
 
   void set_sizes(Site<T>& site) const override {
     site.outputs[0].sizes = site.inputs.size() > 1 ? broadcast_sizes(site.sizes(0), site.sizes(1)) : site.sizes(0);
@@ -55,11 +71,13 @@ class BinaryLayer : public Layer<T> {
     const ValueType& output = call.site.outputs[0];
     T* const to = call.output(0);
     if (call.site.inputs.size() == 1) {
-      combine_with_number(kind_, call.input(0), number_, reverses_, output.count(), to);
+      combine_with_number(kind_, whole_input(call), number_, reverses_, output.count(), to);
     } else {
       const size_t rank = output.sizes.size(), left = reverses_ ? 1 : 0;
-      combine_arrays(kind_, call.input(left), broadcast_strides(call.site.inputs[left], rank), call.input(1 - left),
-                     broadcast_strides(call.site.inputs[1 - left], rank), to, output.strides(), output.sizes,
+      const auto operand = [&](size_t i) {
+        return Operand<T>{call.input(i), broadcast_strides(call.site.inputs[i], rank), of_inputs_[i]};
+      };
+      combine_arrays(kind_, operand(left), operand(1 - left), to, output.strides(), output.sizes,
                      memory_order(rank, output.channels_last()));
     }
     if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
@@ -68,7 +86,8 @@ class BinaryLayer : public Layer<T> {
  private:
   BinaryKind kind_;
   T number_ = 0;
-  bool reverses_;  // the second operand comes first
+  bool reverses_;            // the second operand comes first
+  Activation of_inputs_[2];  // of the operands, before they are combined
   Activation activation_;
 };
 
@@ -80,6 +99,8 @@ inline LayerEntry binary_entry() {
                                   {{"function", "text", nullptr},
                                    {"number", "float", "0"},
                                    {"reverses", "bool", "0"},
+                                   {"input_activation", "activation", "identity"},
+                                   {"other_activation", "activation", "identity"},
                                    {"activation", "activation", "identity"}});
 }
 

@@ -39,8 +39,9 @@ class BatchNormLayer : public Layer<T> {
     each[1] = output.sizes[1] == 1 ? 0 : 1;
     const Ints from_strides = input.strides(), to_strides = output.strides();
     const std::vector<size_t> order = memory_order(rank, output.channels_last());
-    combine_arrays(BinaryKind::mul, call.input(0), from_strides, scale, each, to, to_strides, output.sizes, order);
-    combine_arrays<T>(BinaryKind::add, to, to_strides, shift, each, to, to_strides, output.sizes, order);
+    const Ints& sizes = output.sizes;
+    combine_arrays<T>(BinaryKind::mul, {call.input(0), from_strides}, {scale, each}, to, to_strides, sizes, order);
+    combine_arrays<T>(BinaryKind::add, {to, to_strides}, {shift, each}, to, to_strides, sizes, order);
     if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
   }
 

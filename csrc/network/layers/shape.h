@@ -163,6 +163,7 @@ template <class T>
 class ReorderLayer : public Layer<T> {
  public:
   explicit ReorderLayer(const ProgramLine& line) : line_(line) { this->inputs = {line.input("input")}; }
+  bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     for (const size_t d : order(site.sizes(0).size())) site.outputs[0].sizes.push_back(site.sizes(0)[d]);
   }
@@ -221,6 +222,14 @@ class TransposeLayer : public ReorderLayer<T> {
   int64_t first_, second_;
 };
 
+// Describes the elements of an input from `first` on along dimension d as a part that is read where it lies: see
+// Layer::part_of_input.
+inline int64_t read_in_place(const ValueType& input, size_t d, int64_t first, ValueType& part) {
+  const Ints strides = input.strides();
+  part.part_strides = strides;
+  return checked_product(first, strides[d]);
+}
+
 // Elements [start, stop) of a dimension, every step-th. As in Python, numbers below 0 count from the end.
 template <class T>
 class SliceLayer : public Layer<T> {
@@ -243,6 +252,11 @@ class SliceLayer : public Layer<T> {
   }
   double cost(const Site<T>& site) const override {
     return moving_cost<T>(site.outputs[0], dimension_of(line_, dim_, site.outputs[0].sizes.size()));
+  }
+  bool reads_parts() const override { return true; }
+  int64_t part_of_input(const Site<T>& site, size_t, ValueType& output) const override {
+    const size_t d = dimension_of(line_, dim_, output.sizes.size());
+    return step_ == 1 ? read_in_place(site.inputs[0], d, place(start_, site.sizes(0)[d]), output) : -1;
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
@@ -274,6 +288,7 @@ class SelectLayer : public Layer<T> {
   bool is_view(const Site<T>& site) const override {
     return site.sizes(0)[dimension_of(line_, dim_, site.sizes(0).size())] == 1;
   }
+  bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     const size_t d = dimension_of(line_, dim_, sizes.size());
@@ -340,6 +355,14 @@ class SplitLayer : public Layer<T> {
       site.outputs[i].sizes = sizes;
     }
   }
+  bool reads_parts() const override { return true; }
+  int64_t part_of_input(const Site<T>& site, size_t which, ValueType& output) const override {
+    if (unbinds_) return -1;
+    const size_t d = dimension(output.sizes.size());
+    int64_t first = 0;
+    for (size_t i = 0; i < which; ++i) first += site.outputs[i].sizes[d];
+    return read_in_place(site.inputs[0], d, first, output);
+  }
   void run(const LayerCall<T>& call) const override {
     const ValueType& input = call.site.inputs[0];
     const size_t d = dimension(input.sizes.size());
@@ -375,6 +398,7 @@ class CatLayer : public Layer<T> {
   bool joins_channels(const Site<T>& site) const override {
     return site.outputs[0].channels_last() && dimension_of(line_, dim_, site.outputs[0].sizes.size()) == 1;
   }
+  bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     const size_t d = dimension_of(line_, dim_, sizes.size());
@@ -429,6 +453,7 @@ class PadLayer : public Layer<T> {
     value_ = static_cast<T>(line.real("value"));
   }
   FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     FASTNN_CHECK(padding_.size() / 2 <= sizes.size(), "padding of more dimensions than ", sizes.size());

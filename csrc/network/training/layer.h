@@ -146,7 +146,7 @@ Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
   std::vector<size_t> order(sizes.size());
   for (size_t d = 0; d < order.size(); ++d) order[d] = d;
   std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return to_strides[x] > to_strides[y]; });
-  combine_arrays(kind, data<T>(a), strides_of(a), data<T>(b), strides_of(b), to, to_strides, sizes, order);
+  combine_arrays<T>(kind, {data<T>(a), strides_of(a)}, {data<T>(b), strides_of(b)}, to, to_strides, sizes, order);
   return result;
 }
 

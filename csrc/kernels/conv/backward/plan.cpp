@@ -353,6 +353,7 @@ ConvPoolGeometry turned_around(const ConvPoolGeometry& g) {
     turned.input[d] = g.conv[d];
     turned.conv[d] = turned.output[d] = g.input[d];
     turned.padding[d] = g.kernel_extent(d) - 1 - g.padding[d];
+    turned.padding_end[d] = g.kernel_extent(d) - 1 - g.padding_end[d];
     turned.pool_kernel[d] = turned.pool_stride[d] = turned.pool_dilation[d] = 1;
     turned.pool_padding[d] = 0;
   }
