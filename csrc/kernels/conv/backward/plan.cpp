@@ -272,8 +272,10 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
   return plan;
 }
 
-// Compares vector multiply-adds of both gradients: with those of direct convolution at its peak, where torch's is at or
-// near it, and, where there are argmaxes, with theirs, which half of the pixels have.
+bool stock_pays(const Planner& p);
+
+// Compares vector multiply-adds of both gradients: where there are argmaxes, with theirs, which half of the pixels have;
+// else with those of direct convolution at its peak, where torch's is at or near it.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
@@ -297,7 +299,7 @@ bool winograd_pays(const Planner& p) {
   const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
   const double own = real(g.groups) * (weight + both) + input.cost;
   if (!p.request.dense) {
-    return own < real(g.batch) * std::min(real(g.groups) * direct, winners_cost(p, false));
+    return own < real(g.batch) * (stock_pays(p) ? real(g.groups) * direct : winners_cost(p, false));
   }
   // Torch, too, brings the weight into the order of its products, writes sums, and brings these back.
   const double moved = real(g.taps() * g.in_channels) * out * (2 * tuned::kPackWeight + tuned::kStoreSum);
