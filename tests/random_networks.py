@@ -235,7 +235,18 @@ def _normalize(b: _Builder) -> None:
             dims = max(1, len(x.sizes) - 2)
             activation = b.random.choice(("relu", "identity"))
             inputs = {"input": [x], **b.norm(x.sizes[1])}
-            b.add("batch_norm", inputs, x.sizes, dims=dims, trains=False, epsilon=0.1, activation=activation)
+            trains = b.trains and torch.Size(x.sizes).numel() > x.sizes[1] and b.random.random() < 0.6
+            if trains:  # by the statistics of the batch
+                del inputs["mean"], inputs["variance"]
+            settings = {"dims": dims, "trains": trains, "epsilon": 0.1}
+            y = b.add("batch_norm", inputs, x.sizes, **settings, activation=activation)
+            others = [value for value in b.values if tuple(value.sizes) == tuple(x.sizes) and value is not y]
+            if others and b.random.random() < 0.6:  # as in a residual block
+                pair = [y, b.random.choice(others)]
+                b.random.shuffle(pair)
+                y = b.add("binary", {"input": [pair[0]], "other": [pair[1]]}, x.sizes, function="add")
+            if b.random.random() < 0.6:
+                b.add("activation", {"input": [y]}, x.sizes, activation=b.random.choice(("relu", "hardtanh(-0.5,1.0)")))
     else:
         weight = {"weight": b.weight(x.sizes[-1])} if b.random.random() < 0.5 else {}
         b.add("layer_norm", {"input": [x], **weight}, x.sizes, features=x.sizes[-1], epsilon=0.01)
@@ -492,7 +503,7 @@ def _renamed(word: str, values: dict[str, str]) -> str:
 
 
 def _has_no_gradient(line: str) -> bool:
-    if "function=maximum" in line or "function=minimum" in line or line.startswith("batch_norm "):
+    if "function=maximum" in line or "function=minimum" in line or " trains=0" in line:
         return True
     if line.startswith("pad ") and "=-" in line.replace(",-", "=-"):
         return True

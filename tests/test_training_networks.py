@@ -196,6 +196,17 @@ def _u_net_layers() -> dict[str, nn.Module]:
     return {**convs, "up": nn.ConvTranspose2d(9, 6, 2, stride=2)}
 
 
+def _sums_of_norms(m: Any, x: Tensor) -> Tensor:
+    """Sums on either side of a norm, of values made before and behind it, and of other sizes; each with its bounds."""
+    x = m.conv(x)
+    y = F.relu6(m.norm1(x) + x)
+    z = F.hardtanh(m.norm2(y), -0.5, 0.75)
+    late = m.norm3(z)
+    y = F.relu(torch.sigmoid(x) + late + y)
+    y = F.relu6(m.wide(y.mean((2, 3), keepdim=True)) + y)
+    return m.fc(F.relu6(m.rows(y.mean((2, 3)))))
+
+
 class WithFrozen(By):
     """With a batch norm in eval mode, whatever the model's mode."""
 
@@ -257,6 +268,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: By(
             _pools, conv=nn.Conv2d(3, 6, 3), average=nn.AdaptiveAvgPool2d((2, 1)), drop=nn.Dropout(0.4),
             fc=nn.Linear(12, 3),
+        ),
+        (4, 3, 9, 8),
+    ),
+    "sums of norms": (
+        lambda: By(
+            _sums_of_norms, conv=nn.Conv2d(3, 8, 3, padding=1), norm1=nn.BatchNorm2d(8), norm2=nn.BatchNorm2d(8),
+            norm3=nn.BatchNorm2d(8, affine=False), wide=nn.BatchNorm2d(8), rows=nn.BatchNorm1d(8), fc=nn.Linear(8, 3),
         ),
         (4, 3, 9, 8),
     ),

@@ -48,32 +48,58 @@ void add_moments(const T* x, int64_t count, T center, double* sums) {
                   });
 }
 
+// A gradient, zero where the output lies on a bound or beyond. `output` may be null. Comparisons to NaN fail, so that
+// NaN is no bound, and an output that is NaN lets the gradient pass.
 template <class T>
-void add_products(const T* gradient, const T* x, int64_t count, T center, double* sums) {
+struct MaskedGradient {
+  const T *gradient, *output;
+  Vec<T> least, most;
+
+  MaskedGradient(const T* gradient, const T* output, T least, T most)
+      : gradient(gradient), output(output), least(broadcast<T>(least)), most(broadcast<T>(most)) {}
+  FASTNN_INLINE Vec<T> at(int64_t i, int64_t left) const {
+    const Vec<T> g = load_up_to<T>(gradient + i, left);
+    if (!output) return g;
+    const Vec<T> y = load_up_to<T>(output + i, left), above = y <= least ? Vec<T>{} : g;
+    return y >= most ? Vec<T>{} : above;
+  }
+};
+
+template <class T>
+void add_products(const T* gradient, const T* output, const T* x, int64_t count, T center, T least, T most,
+                  double* sums) {
   const Vec<T> middle = broadcast<T>(center);
+  const MaskedGradient<T> masked(gradient, output, least, most);
   add_two_sums<T>(count, sums,
                   [=](int64_t i, int64_t left, Vec<T>& sum, Vec<T>& products) __attribute__((always_inline)) {
-                    const Vec<T> g = load_up_to<T>(gradient + i, left);
+                    const Vec<T> g = masked.at(i, left);
                     sum += g;
                     products += g * deviation<T>(x + i, left, middle);
                   });
 }
 
 template <class T>
-void normalize(const T* x, int64_t count, T center, T b, T c, T* to) {
+void normalize(const T* x, const T* addend, int64_t count, T center, T b, T c, T least, T most, T* to) {
   const Vec<T> middle = broadcast<T>(center), shift = broadcast<T>(c);
+  const Vec<T> low = broadcast<T>(least), high = broadcast<T>(most);
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    store_up_to<T>(to + i, (load_up_to<T>(x + i, count - i) - middle) * b + shift, count - i);
+    const int64_t left = count - i;
+    Vec<T> y = (load_up_to<T>(x + i, left) - middle) * b + shift;
+    if (addend) y += load_up_to<T>(addend + i, left);
+    y = y < low ? low : y;
+    store_up_to<T>(to + i, y > high ? high : y, left);
   }
 }
 
 template <class T>
-void combine(const T* gradient, const T* x, int64_t count, T center, T a, T b, T c, T* to) {
+void combine(const T* gradient, const T* output, const T* x, int64_t count, T center, T a, T b, T c, T least, T most,
+             T* to) {
   const Vec<T> middle = broadcast<T>(center), shift = broadcast<T>(c);
+  const MaskedGradient<T> masked(gradient, output, least, most);
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
     const Vec<T> d = load_up_to<T>(x + i, left) - middle;
-    store_up_to<T>(to + i, load_up_to<T>(gradient + i, left) * a + (d * b + shift), left);
+    store_up_to<T>(to + i, masked.at(i, left) * a + (d * b + shift), left);
   }
 }
 

@@ -194,13 +194,25 @@ class TrainingPass {
     for (const int64_t output : outputs_) ++uses[at(output)];
     std::vector<std::unique_ptr<TrainingLayer<T>>> kept;
     std::vector<size_t> maker(values_.size(), SIZE_MAX);  // for each value, the kept layer that makes it
-    for (auto& layer : layers_) {
-      const size_t before = uses[at(layer->inputs[0])] == 1 ? maker[at(layer->inputs[0])] : SIZE_MAX;
-      if (before != SIZE_MAX && kept[before]->outputs.size() == 1 && kept[before]->absorb(*layer)) {
-        kept[before]->outputs = layer->outputs;
-        maker[at(layer->outputs[0])] = before;
-        continue;
+    // Whether a kept layer has taken over the layer.
+    const auto is_absorbed = [&](const TrainingLayer<T>& layer) {
+      for (size_t which = 0; which < layer.inputs.size(); ++which) {
+        const size_t before = uses[at(layer.inputs[which])] == 1 ? maker[at(layer.inputs[which])] : SIZE_MAX;
+        if (before == SIZE_MAX || kept[before]->outputs.size() != 1) continue;
+        bool others_are_there = true;
+        for (size_t i = 0; i < layer.inputs.size(); ++i) {
+          const size_t other = maker[at(layer.inputs[i])];
+          others_are_there = others_are_there && (i == which || other == SIZE_MAX || other < before);
+        }
+        if (!others_are_there || !kept[before]->absorb(layer, which)) continue;
+        kept[before]->outputs = layer.outputs;
+        maker[at(layer.outputs[0])] = before;
+        return true;
       }
+      return false;
+    };
+    for (auto& layer : layers_) {
+      if (is_absorbed(*layer)) continue;
       for (const int64_t output : layer->outputs) maker[at(output)] = kept.size();
       kept.push_back(std::move(layer));
     }

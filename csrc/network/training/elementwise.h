@@ -6,6 +6,21 @@
 
 namespace fastnn {
 
+// gradient times an activation's derivative. kept: what the derivative is computed from. The result lies as `kept`
+// does, if the gradient does, too.
+template <class T>
+Tensor activation_gradient(const Activation& activation, const Tensor& gradient, const Tensor& kept) {
+  const bool alike = same_strides(gradient, kept);
+  const Tensor grad_output = alike ? gradient.borrow() : dense(gradient), from = alike ? kept.borrow() : dense(kept);
+  Tensor result = alike ? new_like<T>(kept) : new_tensor(sizes_of(kept), kDtypeOf<T>);
+  const auto& elementwise = mlp_kernels().elementwise.template get<T>();
+  parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {
+    elementwise.gradient(activation, data<T>(grad_output) + first, data<T>(from) + first,
+                         mutable_data<T>(result) + first, last - first);
+  });
+  return result;
+}
+
 // One of mlp's activations as a layer.
 template <class T>
 class ActivationTraining : public UnaryTraining<T> {
@@ -13,6 +28,7 @@ class ActivationTraining : public UnaryTraining<T> {
   explicit ActivationTraining(const ProgramLine& line)
       : UnaryTraining<T>(line), text_(line.text("activation")), activation_(line.activation()) {}
   std::string_view activation_text() const override { return text_; }
+  const Activation& activation() const { return activation_; }
   void forward(Tensor* outputs) override {
     output_ = new_like<T>(this->input());
     from_ = same_strides(this->input(), output_) ? this->input().borrow() : dense(this->input());
@@ -21,21 +37,7 @@ class ActivationTraining : public UnaryTraining<T> {
     outputs[0] = output_.borrow();
   }
   Tensor gradient_of(const Tensor& gradient) override {
-    // The elements go in the order in which the output lies.
-    Tensor result = new_like<T>(output_);
-    const bool alike = same_strides(gradient, output_);
-    const Tensor grad_output = alike ? gradient.borrow() : dense(gradient);
-    Tensor kept = (saves_input(activation_) ? from_ : output_).borrow();
-    if (!alike) {
-      kept = dense(std::move(kept));
-      result = new_tensor(sizes_of(output_), kDtypeOf<T>);
-    }
-    const auto& elementwise = mlp_kernels().elementwise.template get<T>();
-    parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {
-      elementwise.gradient(activation_, data<T>(grad_output) + first, data<T>(kept) + first,
-                           mutable_data<T>(result) + first, last - first);
-    });
-    return result;
+    return activation_gradient<T>(activation_, gradient, saves_input(activation_) ? from_ : output_);
   }
   void release() override { output_ = from_ = Tensor(); }
   void forget() override { release(); }
@@ -56,6 +58,9 @@ class BinaryTraining : public TrainingLayer<T> {
     if (kind_ == BinaryKind::maximum || kind_ == BinaryKind::minimum) line.refuse("it has no gradient here");
     if (line.activation().kind != ActivationKind::identity) line.refuse("in training it has no activation");
   }
+  // Whether the layer is the sum of two values, and which of them comes first.
+  bool adds() const { return kind_ == BinaryKind::add && this->inputs.size() == 2; }
+  size_t left() const { return reverses_ ? 1 : 0; }
   void forward(Tensor* outputs) override {
     outputs[0] = this->given.size() == 1 ? combined<T>(kind_, this->given[0], number_, reverses_)
                                          : combined<T>(kind_, first(), second());

@@ -5,7 +5,7 @@
 
 #include "../../kernels/batch_norm.h"
 #include "../../ops/conv_problem.h"
-#include "layer.h"
+#include "elementwise.h"
 
 namespace fastnn {
 
@@ -262,9 +262,10 @@ std::array<Tensor, 2> statistics_of(const Tensor& images) {
   return result;
 }
 
-// Batch norm, with the statistics of the batch, or, where it does not train, with the running statistics. Where ReLU
-// follows, the layer includes ReLU and a max-pool: the norm multiplies each channel by a number and adds another, which
-// is a convolution whose kernel is one pixel and whose groups have one channel each.
+// Batch norm, with the statistics of the batch, or, where it does not train, with the running statistics. The layer
+// includes the addition of a value and ReLU or hardtanh behind it, which are one pass over contiguous images. Where a
+// max-pool follows, the norm is a convolution whose kernel is one pixel and whose groups have one channel each, since
+// it multiplies each channel by a number and adds another.
 template <class T>
 class BatchNormTraining : public TrainingLayer<T> {
  public:
@@ -274,7 +275,7 @@ class BatchNormTraining : public TrainingLayer<T> {
         momentum_(line.real("momentum")),
         eps_(line.real("epsilon")),
         pool_(line),
-        rectifies_(rectifies(line)) {
+        activation_(line.activation()) {
     this->inputs = {line.input("input")};
     for (size_t i = 0; i < 4; ++i) {
       static constexpr const char* names[] = {"mean", "variance", "weight", "bias"};
@@ -284,14 +285,31 @@ class BatchNormTraining : public TrainingLayer<T> {
     }
     if ((place_[0] == 0) != (place_[1] == 0)) line.refuse("expected both its mean and its variance, or none");
     if (!trains_ && place_[0] == 0) line.refuse("expected its mean and its variance");
-    if (!rectifies_ && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
+    if (!rectifies(line) && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
+  }
+
+  bool absorb(const TrainingLayer<T>& other, size_t which) override {
+    if (activates() || pool_.is_there()) return false;
+    if (const auto* const activation = dynamic_cast<const ActivationTraining<T>*>(&other)) {
+      if (!only_bounds(activation->activation())) return false;
+      activation_ = activation->activation();
+      return true;
+    }
+    const auto* const sum = dynamic_cast<const BinaryTraining<T>*>(&other);
+    if (!sum || !sum->adds() || addend_) return false;
+    addend_ = this->inputs.size();
+    addend_comes_first_ = sum->left() != which;
+    this->inputs.push_back(sum->inputs[1 - which]);
+    return true;
   }
 
   void forward(Tensor* outputs) override {
     const Tensor& input = this->given[0];
     const int64_t channels = begin(input);
-    const bool in_order = input.is_contiguous() && input.dim() > 2;
-    if (trains_ && !rectifies_ && !in_order) return normalize_by_torch(outputs);
+    if (is_by_torch_) {
+      normalize_by_torch(outputs);
+      return finish(outputs);
+    }
     if (trains_) {
       auto [mean, variance] = statistics_of<T>(input);
       mean_ = std::move(mean);
@@ -303,16 +321,19 @@ class BatchNormTraining : public TrainingLayer<T> {
     inverse_deviation_ = new_tensor({channels}, kDtypeOf<T>);
     T* const inverse = mutable_data<T>(inverse_deviation_);
     for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
-    if (!rectifies_) {
-      outputs[0] =
-          in_order ? normalized_images(input) : normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
+    if (is_fused_) {
+      outputs[0] = normalized_images(input);
+      if (activates()) output_ = outputs[0].borrow();
       return;
     }
+    if (!is_by_pool_) {
+      outputs[0] = normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
+      return finish(outputs);
+    }
     const Tensor scale = new_tensor(sizes_of(ones_), kDtypeOf<T>), shift = new_tensor({channels}, kDtypeOf<T>);
-    const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
     const T* const bias = place_[3] ? data<T>(this->given[place_[3]]) : nullptr;
     for (int64_t c = 0; c < channels; ++c) {
-      const T by = is_constant(c) ? T(0) : weight ? inverse[c] * weight[c] : inverse[c];
+      const T by = factor(c);
       mutable_data<T>(scale)[c] = by;
       mutable_data<T>(shift)[c] = (bias ? bias[c] : T(0)) - data<T>(mean_)[c] * by;
     }
@@ -322,20 +343,29 @@ class BatchNormTraining : public TrainingLayer<T> {
   }
 
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const Tensor normed = rectifies_
-                              ? std::get<0>(conv_relu_max_pool_backward(gradients[0], winners_, this->given[0], ones_,
-                                                                        geometry_, true, false, false, std::nullopt))
-                              : gradients[0].borrow();
+    const Tensor& input = this->given[0];
     const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
-    if (trains_ && this->given[0].is_contiguous() && this->given[0].dim() > 2 && normed.is_contiguous()) {
-      return take_gradients(normed, wanted, results);
+    const bool addend_wanted = addend_ && wanted[addend_];
+    const bool is_own = trains_ && input.is_contiguous() && input.dim() > 2;
+    Tensor gradient = gradients[0].borrow();
+    bool masks = is_fused_ && is_own && activates() && !addend_wanted && gradient.is_contiguous();
+    if (is_by_pool_) {
+      gradient = std::get<0>(
+          conv_relu_max_pool_backward(gradient, winners_, input, ones_, geometry_, true, false, false, std::nullopt));
+    } else if (activates() && !masks) {
+      gradient = activation_gradient<T>(activation_, gradient, output_);
     }
+    if (addend_) {
+      if (addend_wanted) results[addend_].tensor = reduced(Tensor(gradient), sizes_of(this->given[addend_]));
+      gradient = reduced(std::move(gradient), sizes_of(input));
+    }
+    if (is_own && gradient.is_contiguous()) return take_gradients(gradient, masks, wanted, results);
     NormStatistics statistics;
     (trains_ ? statistics.mean : statistics.running_mean) = optional(mean_);
     (trains_ ? statistics.inverse_deviation : statistics.running_variance) =
         optional(trains_ ? inverse_deviation_ : variance_);
-    std::array<Tensor, 3> all = batch_norm_backward(normed, this->given[0], parameter(2), statistics, eps_,
-                                                    {wanted[0], is_wanted(2), is_wanted(3)});
+    std::array<Tensor, 3> all =
+        batch_norm_backward(gradient, input, parameter(2), statistics, eps_, {wanted[0], is_wanted(2), is_wanted(3)});
     if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
     for (size_t i : {2, 3}) {
       if (is_wanted(i)) results[place_[i]] = {std::move(all[i - 1]), nullptr, true};
@@ -380,28 +410,66 @@ class BatchNormTraining : public TrainingLayer<T> {
     mean_ = std::move(all[1]);
     inverse_deviation_ = std::move(all[2]);
   }
+  // Adds and activates what has been normalized.
+  void finish(Tensor* outputs) {
+    Tensor& output = outputs[0];
+    if (addend_) {
+      const Tensor& addend = this->given[addend_];
+      output = addend_comes_first_ ? combined<T>(BinaryKind::add, addend, output)
+                                   : combined<T>(BinaryKind::add, output, addend);
+    }
+    if (!activates()) return;
+    const Tensor from = std::move(output);
+    output = new_like<T>(from);
+    const Tensor alike = same_strides(from, output) ? from.borrow() : dense(from);
+    if (!same_strides(alike, output)) output = new_tensor(sizes_of(alike), kDtypeOf<T>);
+    activate<T>(activation_, data<T>(alike), output.numel(), mutable_data<T>(output));
+    output_ = output.borrow();
+  }
+  bool activates() const { return activation_.kind != ActivationKind::identity; }
+  // The bounds of the activation; NaN where there is none.
+  std::array<T, 2> bounds() const {
+    constexpr T none = std::numeric_limits<T>::quiet_NaN();
+    if (activation_.kind == ActivationKind::relu) return {T(0), none};
+    if (!activates()) return {none, none};
+    return {static_cast<T>(activation_.parameters[0]), static_cast<T>(activation_.parameters[1])};
+  }
+  // What a channel is multiplied by. Where all values of the channel are equal, but for the rounding of their mean, the
+  // result is exactly the bias: the rounding error times the channel's scale, which is large, would move the result
+  // away from the bias, perhaps to the other side of ReLU's 0.
+  T factor(int64_t channel) const {
+    constexpr T kLimit = 16 * std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon();
+    const T mean = data<T>(mean_)[channel], inverse = data<T>(inverse_deviation_)[channel];
+    if (activates() && trains_ && data<T>(variance_)[channel] <= mean * mean * kLimit) return 0;
+    return place_[2] ? inverse * data<T>(this->given[place_[2]])[channel] : inverse;
+  }
   Tensor normalized_images(const Tensor& input) const {
     Tensor result = new_tensor(sizes_of(input), kDtypeOf<T>);
     const auto& kernels = batch_norm_kernels().get<T>();
     const T* const from = data<T>(input);
+    const T* const addend = addend_ ? data<T>(this->given[addend_]) : nullptr;
     T* const to = mutable_data<T>(result);
-    const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
     const T* const bias = place_[3] ? data<T>(this->given[place_[3]]) : nullptr;
+    const std::array<T, 2> bounds = this->bounds();
+    const T least = bounds[0], most = bounds[1];
     for_each_channel(input, 4, [&](int64_t c, const auto& planes) {
-      const T inverse = data<T>(inverse_deviation_)[c], mean = data<T>(mean_)[c];
       planes([&](int64_t at, int64_t pixels) {
-        kernels.normalize(from + at, pixels, mean, weight ? inverse * weight[c] : inverse, bias ? bias[c] : T(0),
-                          to + at);
+        kernels.normalize(from + at, addend ? addend + at : nullptr, pixels, data<T>(mean_)[c], factor(c),
+                          bias ? bias[c] : T(0), least, most, to + at);
       });
     });
     return result;
   }
-  // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias.
-  void take_gradients(const Tensor& gradient, const bool* wanted, Gradient<T>* results) {
+  // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias. masks:
+  // whether the gradient is still that of the activation's output.
+  void take_gradients(const Tensor& gradient, bool masks, const bool* wanted, Gradient<T>* results) {
     const Tensor& input = this->given[0];
     const auto& kernels = batch_norm_kernels().get<T>();
     const T *const x = data<T>(input), *const g = data<T>(gradient), *const means = data<T>(mean_);
+    const T* const output = masks ? data<T>(output_) : nullptr;
     const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
+    const std::array<T, 2> bounds = this->bounds();
+    const T least = bounds[0], most = bounds[1];
     T* of[4] = {};  // the gradients of the input, and of weight and bias at their places
     const auto make = [&](size_t place, size_t which, const Ints& sizes) {
       results[place] = {new_tensor(sizes, kDtypeOf<T>), nullptr, true};
@@ -414,7 +482,9 @@ class BatchNormTraining : public TrainingLayer<T> {
     const double count = static_cast<double>(elements_);
     for_each_channel(input, 8, [&](int64_t c, const auto& planes) {
       double sums[2] = {};
-      planes([&](int64_t at, int64_t pixels) { kernels.add_products(g + at, x + at, pixels, means[c], sums); });
+      planes([&](int64_t at, int64_t pixels) {
+        kernels.add_products(g + at, output ? output + at : nullptr, x + at, pixels, means[c], least, most, sums);
+      });
       const double inverse = static_cast<double>(data<T>(inverse_deviation_)[c]);
       if (of[2]) of[2][c] = static_cast<T>(sums[1] * inverse);
       if (of[3]) of[3][c] = static_cast<T>(sums[0]);
@@ -423,34 +493,33 @@ class BatchNormTraining : public TrainingLayer<T> {
       const T a = static_cast<T>(scale), b = static_cast<T>(-scale * inverse * inverse * sums[1] / count);
       const T shift = static_cast<T>(-scale * sums[0] / count);
       planes([&](int64_t at, int64_t pixels) {
-        kernels.combine(g + at, x + at, pixels, means[c], a, b, shift, of[0] + at);
+        kernels.combine(g + at, output ? output + at : nullptr, x + at, pixels, means[c], a, b, shift, least, most,
+                        of[0] + at);
       });
     });
   }
   OptionalTensor parameter(size_t i) const { return place_[i] ? optional(this->given[place_[i]]) : std::nullopt; }
-  // Whether all values of a channel are equal, but for the rounding of their mean. Then the result is exactly the bias.
-  // Multiplied by the channel's scale, which is large, the rounding error would move the result away from the bias,
-  // perhaps to the other side of ReLU's 0.
-  bool is_constant(int64_t channel) const {
-    constexpr T kLimit = 16 * std::numeric_limits<T>::epsilon() * std::numeric_limits<T>::epsilon();
-    const T mean = data<T>(mean_)[channel];
-    return trains_ && data<T>(variance_)[channel] <= mean * mean * kLimit;
-  }
-  // How many channels there are.
+  // Chooses how to run -> the number of channels.
   int64_t begin(const Tensor& input) {
     const int64_t rank = input.dim();
-    FASTNN_CHECK(rank == dims_ + 2 || (rank == 2 && dims_ == 1 && !rectifies_), kTrainingStep, ": expected ", dims_ + 2,
-                 "D input (got ", rank, "D input)");
+    FASTNN_CHECK(rank == dims_ + 2 || (rank == 2 && dims_ == 1 && !pool_.is_there()), kTrainingStep, ": expected ",
+                 dims_ + 2, "D input (got ", rank, "D input)");
     const int64_t channels = input.size(1);
-    for (size_t i = 1; i < this->given.size(); ++i) {
-      const Tensor& own = this->given[i];
+    for (const size_t place : place_) {
+      if (place == 0) continue;
+      const Tensor& own = this->given[place];
       FASTNN_CHECK(own.dim() == 1 && own.size(0) == channels, kTrainingStep,
                    ": expected a batch norm's parameters to have ", channels, " elements");
     }
     elements_ = input.numel() / std::max<int64_t>(channels, 1);
     FASTNN_CHECK(!trains_ || elements_ > 1, kTrainingStep,
                  ": Expected more than 1 value per channel when training, got input size ", to_string(input.sizes()));
-    if (!rectifies_) return channels;
+    const bool in_order = input.is_contiguous() && rank > 2, rectifies = activation_.kind == ActivationKind::relu;
+    const bool fits = !addend_ || (same_sizes(this->given[addend_], input) && this->given[addend_].is_contiguous());
+    is_by_pool_ = pool_.is_there() || (rectifies && !in_order && !addend_ && rank > 2);
+    is_fused_ = !is_by_pool_ && in_order && fits;
+    is_by_torch_ = !is_by_pool_ && !is_fused_ && trains_;
+    if (!is_by_pool_) return channels;
     Ints sizes(static_cast<size_t>(rank), 1);
     sizes[0] = channels;
     if (!ones_.defined() || sizes_of(ones_) != sizes) {
@@ -466,7 +535,10 @@ class BatchNormTraining : public TrainingLayer<T> {
   bool trains_;
   double momentum_, eps_;
   TrainingPool pool_;
-  bool rectifies_;
+  Activation activation_;  // none, ReLU or hardtanh
+  bool is_by_pool_ = false, is_fused_ = false, is_by_torch_ = false;
+  size_t addend_ = 0;  // which of the inputs is added to what is normalized; 0 where none is
+  bool addend_comes_first_ = false;
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel

@@ -41,9 +41,10 @@ class TrainingLayer {
   // Writes other results of a step than gradients, such as running statistics, when nothing can fail any more.
   virtual void commit() {}
   virtual void forget() {}
-  // Takes over the work of the next layer, whose first input is this layer's output, which no other layer takes.
-  // Returns false where that cannot be.
-  virtual bool absorb(const TrainingLayer&) { return false; }
+  // Takes over the work of a later layer, of whose inputs this layer's output is the one with the number `which`. No
+  // other layer takes that output, and the later layer's other inputs are there before this layer runs. Returns false
+  // where that cannot be.
+  virtual bool absorb(const TrainingLayer&, size_t) { return false; }
   // The random numbers of the forward, in the form in which the specification takes them; undefined where there are
   // none.
   virtual Tensor drawn() const { return {}; }

@@ -18,7 +18,8 @@ class LinearTraining : public TrainingLayer<T> {
     this->inputs = {line.input("input"), line.input("weight")};
     this->take(line, {"bias"});
   }
-  bool absorb(const TrainingLayer<T>& other) override {
+  bool absorb(const TrainingLayer<T>& other, size_t which) override {
+    if (which != 0) return false;
     if (const std::string_view activation = other.activation_text(); !activation.empty()) {
       const size_t last = activations_.rfind('|') + 1;  // or 0, where there is no bar
       if (activations_.compare(last, std::string::npos, "identity") != 0) return false;

@@ -274,8 +274,8 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
 
 bool stock_pays(const Planner& p);
 
-// Compares vector multiply-adds of both gradients: where there are argmaxes, with theirs, which half of the pixels have;
-// else with those of direct convolution at its peak, where torch's is at or near it.
+// Compares vector multiply-adds of both gradients: where there are argmaxes, with theirs, which half of the pixels
+// have; else with those of direct convolution at its peak, where torch's is at or near it.
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
