@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import fastnn
+from fastnn.graph import trial
 
 
 def conv() -> nn.Conv2d:
@@ -744,3 +745,16 @@ def test_other_dtypes_and_autocast(dtype: torch.dtype) -> None:
             model.train()
             fused.train()
             assert_close(fused(x), model(x), rtol=5e-2, atol=5e-2)
+
+
+def test_few_elements_of_a_gradient_may_differ_in_a_trial() -> None:
+    """Rounding decides at ReLU's kink, whose few elements must not put a layer back to stock; results must agree."""
+    exact = torch.linspace(-1, 1, 1000)
+    flipped, wrong = exact.clone(), exact.clone()
+    flipped[500:505] += 0.3
+    wrong[500:550] += 0.3
+    for other, few, agrees in (
+        *((exact, False, True), (exact * (1 + 1e-6), False, True), (flipped, False, False)),
+        *((flipped, True, True), (wrong, True, False), (exact * 1.01, True, False), (exact * torch.nan, True, False)),
+    ):
+        assert trial._agree([other], [exact], few=few) is agrees

@@ -1,19 +1,17 @@
 #include "batch_norm.h"
 
 #include "../simd/shuffle.h"
+#include "gemm.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
-// The vectors that are added up in one running sum, since rounding errors grow with the number.
-constexpr int64_t kTogether = 128;
-
 // Adds to sums[0] and sums[1] the sums of what `body` gives for each vector: two vectors, given where the vector begins
 // and how many of its lanes count. Lanes beyond must be zero.
 template <class T, class Body>
 FASTNN_INLINE void add_two_sums(int64_t count, double* sums, const Body& body) {
-  constexpr int64_t chains = 4, together = kTogether * kLanes<T>;
+  constexpr int64_t chains = 4, together = kLongestSum * kLanes<T>;
   for (int64_t first = 0; first < count; first += together) {
     const int64_t last = first + together < count ? first + together : count;
     Vec<T> one[chains] = {}, other[chains] = {};

@@ -4,6 +4,7 @@
 
 #include "../simd/math.h"
 #include "../simd/transpose.h"
+#include "gemm.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -51,16 +52,13 @@ void binary(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_s
   }
 }
 
-// The most rows that are added up in one sum, since rounding errors grow with the number.
-constexpr int64_t kTogether = 128;
-
 template <class T>
 void sum_rows(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
     Vec<T> all = {};
-    for (int64_t first = 0; first < rows; first += kTogether) {
-      const int64_t last = first + kTogether < rows ? first + kTogether : rows;
+    for (int64_t first = 0; first < rows; first += kLongestSum) {
+      const int64_t last = first + kLongestSum < rows ? first + kLongestSum : rows;
       Vec<T> some = {};
       for (int64_t r = first; r < last; ++r) some += load_up_to<T>(from + r * step + i, left);
       all += some;
@@ -71,7 +69,7 @@ void sum_rows(const T* from, int64_t rows, int64_t step, int64_t count, T factor
 
 template <class T>
 T sum(const T* from, int64_t count) {
-  constexpr int64_t together = kTogether * kLanes<T>;
+  constexpr int64_t together = kLongestSum * kLanes<T>;
   Vec<T> all = {};
   for (int64_t first = 0; first < count; first += together) {
     const int64_t last = first + together < count ? first + together : count;
