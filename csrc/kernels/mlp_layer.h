@@ -15,16 +15,8 @@ constexpr int64_t kBlockRows = 4 * kTileRows;
 
 // Whether a layer's tile applies the activation itself. The others cost more than another pass over a block in cache,
 // and would each need a copy of the tile.
-template <class T>
-bool taken_with_the_tile(const MlpLayer<T>& layer) {
-  if (layer.activation.kind == ActivationKind::identity) return true;
-  return only_bounds(layer.activation) && !(layer.saved && saves_input(layer.activation));
-}
-
-// What the tile keeps its sums between: see Bounds.
-template <class T>
-FASTNN_INLINE Bounds<T> bounds_of_tile(const MlpLayer<T>& layer) {
-  return bounds_of<T>(taken_with_the_tile(layer) ? layer.activation : kIdentity);
+inline bool taken_with_the_tile(const Activation& activation) {
+  return activation.kind == ActivationKind::relu || activation.kind == ActivationKind::identity;
 }
 
 // output (count) <- activated, with a copy to `saved` where backward wants one
@@ -63,10 +55,12 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* outp
       bias[v] = load_up_to<T>(layer.bias + from, layer.out - from);
     }
   }
-  const Bounds<T> bounds = bounds_of_tile(layer);
-  const Vec<T> least = broadcast(bounds.least), most = broadcast(bounds.most);
-  store_tile<rows, vectors, T>(total, last, output + column, layer.out,
-                               [&](Vec<T> x, int v) { return smaller_of(most, larger_of(least, x + bias[v])); });
+  if (layer.activation.kind == ActivationKind::relu) {
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out,
+                                 [&](Vec<T> x, int v) { return relu(x + bias[v]); });
+  } else {
+    store_tile<rows, vectors, T>(total, last, output + column, layer.out, [&](Vec<T> x, int v) { return x + bias[v]; });
+  }
 }
 
 // input (rows, in) -> output (rows, out) by packed panels.
@@ -143,7 +137,6 @@ constexpr int kDotRows = kLanes<T> >= 16  ? 4
 template <int tile_rows, class T>
 FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int columns = kLanes<T> / tile_rows;
-  const Bounds<T> bounds = bounds_of_tile(layer);
   for (int64_t column = which.first; column < which.last; column += columns) {
     const int64_t columns_left = smaller(which.last - column, columns);
     T bias[kLanes<T>] = {};
@@ -159,7 +152,7 @@ FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output
         sums = dot_tile<tile_rows>(layer.in, from, layer.in, weight, layer.in, columns_left, rows - row);
       }
       sums += load(bias);
-      sums = at_most(at_least(sums, bounds.least), bounds.most);
+      if (layer.activation.kind == ActivationKind::relu) sums = relu(sums);
       T values[kLanes<T>];
       store(values, sums);
       for (int r = 0; r < tile_rows && row + r < rows; ++r) {
@@ -208,7 +201,7 @@ void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * layer.out + columns.first;
         T* const saved = layer.saved ? layer.saved + at : nullptr;
-        if (!saved && taken_with_the_tile(layer)) break;
+        if (!saved && taken_with_the_tile(layer.activation)) break;
         activate_block<T>(layer, output + at, saved, columns.last - columns.first);
       }
     }
@@ -249,7 +242,7 @@ void out_of_lanes(const T* panels, int64_t rows, int64_t features, T* output) {
 template <int vectors, class T>
 void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
   constexpr int64_t width = vectors * kLanes<T>;
-  const Bounds<T> bounds = bounds_of_tile(layer);
+  const bool relu_wanted = layer.activation.kind == ActivationKind::relu;
   for (int64_t column = 0; column < layer.out; column += kTileRows) {
     with_constant<kTileRows>(static_cast<int>(smaller(layer.out - column, kTileRows)), [&](auto constant) {
       constexpr int columns = decltype(constant)::value;
@@ -263,7 +256,8 @@ void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t ro
           const Vec<T> bias = layer.bias ? broadcast(layer.bias[column + c]) : Vec<T>{};
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
-            store(to + c * width + v * kLanes<T>, at_most(at_least(total[c][v] + bias, bounds.least), bounds.most));
+            const Vec<T> value = total[c][v] + bias;
+            store(to + c * width + v * kLanes<T>, relu_wanted ? relu(value) : value);
           }
         }
       }
