@@ -1,5 +1,7 @@
 """Networks: what csrc/network computes from a program is what the reference computes, layer by layer."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,7 +175,7 @@ output input=g,e,n,q,k,b"""
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", ["relu", "hardtanh(0.0,6.0)", "hardtanh(-0.5,0.25)", "gelu"])
 @pytest.mark.parametrize(
-    "case", ["linear", "direct", "pixels", "winograd", "product", "depthwise", "strided", "dilated"]
+    "case", ["linear", "direct", "pixels", "winograd", "product", "depthwise", "strided", "dilated", "deep padding"]
 )
 def test_bounds_of_sums(case: str, activation: str, dtype: torch.dtype, instruction_set: str) -> None:
     """Activations that keep sums between two bounds, NaN among them, by every algorithm and in either format."""
@@ -186,6 +188,7 @@ def test_bounds_of_sums(case: str, activation: str, dtype: torch.dtype, instruct
         "depthwise": ((2, 64, 9, 11), (64, 1, 3, 3), {"padding": 1, "groups": 64}),
         "strided": ((1, 32, 12, 10), (32, 1, 3, 5), {"padding": 2, "stride": 2, "groups": 32}),
         "dilated": ((2, 48, 3, 4), (48, 1, 3, 3), {"padding": 3, "dilation": 3, "groups": 48}),
+        "deep padding": ((1, 32, 1, 6, 7), (32, 1, 1, 3, 3), {"padding": 1, "groups": 32}),
     }[case]
     x, weight, bias = (torch.randn(*size, dtype=dtype) for size in (sizes, weight_sizes, weight_sizes[:1]))
     x.view(-1)[7] = torch.nan
@@ -202,8 +205,8 @@ activation input=x -> a activation=relu
 output input=y"""
     (found,) = run(text, [x], [weight, bias])
     given = F.relu(x.double())
-    y = F.linear(given, weight.double(), bias.double()) if case == "linear" else (
-        F.conv2d(given, weight.double(), bias.double(), **settings))  # fmt: skip
+    function: Any = F.linear if case == "linear" else F.conv3d if case == "deep padding" else F.conv2d
+    y = function(given, weight.double(), bias.double(), **settings)
     wanted = parse_one(activation)(y)
     limit = 1e-11 if dtype == torch.float64 else 1e-4
     assert_close(found.double(), wanted, rtol=limit, atol=limit, equal_nan=True)

@@ -144,8 +144,8 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
   C* const copies = parts.take<C>(plan.together * plan.copy_size);
   int64_t* const offsets = parts.take<int64_t>(taps);
   ChannelPool<T> pool(call, plan.band, plan.ring, parts, true);
-  const bool in_place = sizeof(T) == sizeof(C) && layout.d[2] != 1 && g.input[0] == 1 && g.kernel[0] == 1 &&
-                        g.out_channels % kLanes<C> == 0;
+  const bool is_flat = g.input[0] == 1 && g.kernel[0] == 1 && g.conv[0] == 1 && g.padding[0] == 0;
+  const bool in_place = is_flat && sizeof(T) == sizeof(C) && layout.d[2] != 1 && g.out_channels % kLanes<C> == 0;
   const ConvLayout& out = call.output_layout;
   const bool writes_at_once = g.pools_nothing() && !call.winners && out.d[2] != 1;
   for (int64_t k = 0; k < taps; ++k) {

@@ -322,12 +322,15 @@ class BatchNormTraining : public TrainingLayer<T> {
     T* const inverse = mutable_data<T>(inverse_deviation_);
     for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
     if (is_fused_) {
-      outputs[0] = normalized_images(input);
+      outputs[0] = normalized_images(input, addend_ ? data<T>(this->given[addend_]) : nullptr, bounds());
       if (activates()) output_ = outputs[0].borrow();
       return;
     }
     if (!is_by_pool_) {
-      outputs[0] = normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
+      constexpr T none = std::numeric_limits<T>::quiet_NaN();
+      const bool in_order = input.is_contiguous() && input.dim() > 2;
+      outputs[0] = in_order ? normalized_images(input, nullptr, {none, none})
+                            : normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
       return finish(outputs);
     }
     const Tensor scale = new_tensor(sizes_of(ones_), kDtypeOf<T>), shift = new_tensor({channels}, kDtypeOf<T>);
@@ -443,19 +446,17 @@ class BatchNormTraining : public TrainingLayer<T> {
     if (activates() && trains_ && data<T>(variance_)[channel] <= mean * mean * kLimit) return 0;
     return place_[2] ? inverse * data<T>(this->given[place_[2]])[channel] : inverse;
   }
-  Tensor normalized_images(const Tensor& input) const {
+  // addend: as many elements as the input has, or null. bounds: of the results, NaN where there is none.
+  Tensor normalized_images(const Tensor& input, const T* addend, const std::array<T, 2>& bounds) const {
     Tensor result = new_tensor(sizes_of(input), kDtypeOf<T>);
     const auto& kernels = batch_norm_kernels().get<T>();
     const T* const from = data<T>(input);
-    const T* const addend = addend_ ? data<T>(this->given[addend_]) : nullptr;
     T* const to = mutable_data<T>(result);
     const T* const bias = place_[3] ? data<T>(this->given[place_[3]]) : nullptr;
-    const std::array<T, 2> bounds = this->bounds();
-    const T least = bounds[0], most = bounds[1];
     for_each_channel(input, 4, [&](int64_t c, const auto& planes) {
       planes([&](int64_t at, int64_t pixels) {
         kernels.normalize(from + at, addend ? addend + at : nullptr, pixels, data<T>(mean_)[c], factor(c),
-                          bias ? bias[c] : T(0), least, most, to + at);
+                          bias ? bias[c] : T(0), bounds[0], bounds[1], to + at);
       });
     });
     return result;
@@ -518,7 +519,7 @@ class BatchNormTraining : public TrainingLayer<T> {
     const bool fits = !addend_ || (same_sizes(this->given[addend_], input) && this->given[addend_].is_contiguous());
     is_by_pool_ = pool_.is_there() || (rectifies && !in_order && !addend_ && rank > 2);
     is_fused_ = !is_by_pool_ && in_order && fits;
-    is_by_torch_ = !is_by_pool_ && !is_fused_ && trains_;
+    is_by_torch_ = !is_by_pool_ && !in_order && trains_;
     if (!is_by_pool_) return channels;
     Ints sizes(static_cast<size_t>(rank), 1);
     sizes[0] = channels;
