@@ -136,17 +136,13 @@ POOL_NAMES = {"kernel": "pool", **{name: f"pool_{name}" for name in ("stride", "
 
 
 def conv_attributes(geometry: Sequence[int], dims: int) -> dict[str, Any]:
-    """The attributes of a "conv" line, from the flat geometry that fastnn::conv_relu_max_pool takes."""
+    """The attributes of a "conv" line, from the flat geometry that fastnn::conv_relu_max_pool takes: of each, a number
+    for each dimension."""
     names = ("stride", "padding", "dilation", "pool", "pool_stride", "pool_padding", "pool_dilation")
-    settings: dict[str, Any] = {name: _joined(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)}
+    settings: dict[str, Any] = {name: list(geometry[i * dims : (i + 1) * dims]) for i, name in enumerate(names)}
     if settings["pool_stride"] == settings["pool"]:
         del settings["pool_stride"]
     return {**settings, "groups": geometry[-2], "ceil_mode": bool(geometry[-1])}
-
-
-def _joined(numbers: Sequence[int]) -> list[int]:
-    """One number where all are the same: an attribute may be written once for all dimensions."""
-    return [numbers[0]] if len(set(numbers)) == 1 else list(numbers)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

@@ -466,7 +466,7 @@ class TrainingStep:
                 p.grad = gradient
             self._used(self._optimizer)
         note_step_of(self._optimizer)
-        if binding.created:  # the first step of a momentum is over
+        if binding.created:  # The states that this step has created are the optimizer's own from now on.
             self._forget()
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------

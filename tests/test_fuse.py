@@ -756,5 +756,9 @@ def test_few_elements_of_a_gradient_may_differ_in_a_trial() -> None:
     for other, few, agrees in (
         *((exact, False, True), (exact * (1 + 1e-6), False, True), (flipped, False, False)),
         *((flipped, True, True), (wrong, True, False), (exact * 1.01, True, False), (exact * torch.nan, True, False)),
+        *((exact.clone().fill_(torch.inf), True, False), (exact * (1 + 1e-6), True, True)),
     ):
         assert trial._agree([other], [exact], few=few) is agrees
+    special = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf])
+    assert trial._agree([special.clone()], [special], few=False)
+    assert not trial._agree([special.nan_to_num(0.0)], [special], few=True)

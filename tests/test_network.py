@@ -210,3 +210,29 @@ output input=y"""
     wanted = parse_one(activation)(y)
     limit = 1e-11 if dtype == torch.float64 else 1e-4
     assert_close(found.double(), wanted, rtol=limit, atol=limit, equal_nan=True)
+
+
+def test_a_pool_needs_pixels_that_are_left() -> None:
+    text = """fastnn.network 1
+input -> x sizes=1,1,4
+weight -> w sizes=1,1,1
+conv input=x weight=w -> y crop=9 pool=2 pool_padding=1 activation=relu
+output input=y"""
+    with pytest.raises(RuntimeError, match="output size"):
+        run(text, [torch.randn(1, 1, 4)], [torch.randn(1, 1, 1)])
+
+
+@pytest.mark.parametrize("line", [
+    "conv input=x0 weight=w0 -> v0 crop=1",
+    "conv input=x0 weight=w0 -> v0 padding_end=1",
+    "binary input=x0 other=x0 -> v0 function=mul other_activation=tanh",
+])  # fmt: skip
+def test_training_refuses_what_it_would_leave_out(line: str) -> None:
+    text = f"""fastnn.network 1
+input -> x0 sizes=:,:,:
+weight -> w0 sizes=1,1,1
+{line}
+conv input=v0 weight=w0 -> v1
+output input=v1"""
+    with pytest.raises(RuntimeError, match="in training"):
+        torch.ops.fastnn.network_with_pass([torch.randn(1, 1, 4)], [torch.randn(1, 1, 1)], text)

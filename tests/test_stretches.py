@@ -837,3 +837,40 @@ def test_causal_models_in_inference(how: str, dtype: torch.dtype) -> None:
     assert "crop=4" in program
     assert "padding_end=0" in program
     assert "input_activation=tanh other_activation=sigmoid" in program
+
+
+class _Ends(nn.Module):
+    """Convolutions of several dimensions that are padded on one side, and cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(64, 64, 3, padding=1)
+        self.mixed, self.deep = nn.Conv2d(3, 4, 3, (1, 2)), nn.Conv3d(2, 4, 3, padding=(0, 1, 1))
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor, wide: Tensor, deep: Tensor) -> list[Tensor]:
+        return [
+            F.relu(self.conv(F.pad(x, (2, 0)))),
+            F.relu(self.conv(F.pad(x, (0, 1, 2, 0)))),
+            F.relu(self.conv(x))[:, :, :-1, :],
+            F.relu(self.conv(x)[..., :-2]),
+            F.relu(self.conv(x))[:, :-3],
+            self.pool(F.relu(self.conv(x)[:, :, :-1])),
+            self.wide(F.pad(wide, (1, 0)))[:, :, :-2],
+            F.relu(self.mixed(F.pad(x, (1, 0)))),
+            F.relu(self.deep(F.pad(deep, (1, 0))))[:, :-1],
+            F.relu(self.deep(deep))[:, :, :, :-1],
+        ]
+
+
+@pytest.mark.parametrize("how", ["fuse", "freeze"])
+def test_ends_of_several_dimensions(how: str) -> None:
+    stock = _Ends().double().eval()
+    inputs = [torch.randn(2, 3, 12, 13), torch.randn(1, 64, 9, 10), torch.randn(1, 2, 5, 6, 7)]
+    inputs = [x.double() for x in inputs]
+    model: Any = copy.deepcopy(stock)
+    model = fastnn.fuse(model) if how == "fuse" else fastnn.freeze(model, tuple(inputs))
+    with torch.no_grad():
+        for _ in range(2):
+            for found, wanted in zip(model(*inputs), stock(*inputs), strict=True):
+                assert_close(found, wanted, rtol=1e-12, atol=1e-12)

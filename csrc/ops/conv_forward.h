@@ -14,15 +14,15 @@ inline const ConvPlan& plan_of_direct(PlanKey key, bool exact) {
   return plan_for(key);
 }
 
-// The plan of a call. Winograd's sums overflow sooner than those of direct convolution, so a call with large elements
-// gets the plan of direct convolution. `plan` is the plan that follows from the key alone.
+// The plan of a call. `plan` is the plan that follows from the key alone. If it transforms or pads elements so that large
+// ones could overflow (needs_moderate), and the call has such elements, the result is the plan of direct convolution.
 template <class T>
 const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, const PlanKey& key,
                              const ConvPlan& plan) {
   return !plan.needs_moderate || kernels.is_moderate(call) ? plan : plan_of_direct(key, true);
 }
 
-// Runs a call in which the plan and the packed weight are still missing. `plan` is the plan that follows from the key
+// Runs a call in which the plan and the packed weight are still missing. `given` is the plan that follows from the key
 // alone. `packed_for(plan)` returns the weight in the plan's packed format, or null to pack it here.
 template <class T, class PackedFor>
 void run_planned_conv(const ConvKernels<T>& kernels, ConvCall<T>& call, int64_t dims, const PlanKey& key,

@@ -206,7 +206,7 @@ namespace {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one value
-  // per dimension each, then groups and ceil_mode (fastnn.ops.conv_relu_max_pool.Geometry)
+  // per dimension each, then groups and ceil_mode (Geometry.flat of fastnn/reference/conv_relu_max_pool.py)
   // algorithm: a name in csrc/kernels/conv/plan.h, for tests; None leaves the choice to the planner
   m.def("conv_relu_max_pool(Tensor input, Tensor weight, Tensor? bias, int[] geometry, str? algorithm=None) -> Tensor");
   // winners: uint8 of the output's size, the position of each window's argmax in the window, 255 where the output has

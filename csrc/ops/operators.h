@@ -1,4 +1,4 @@
-// The operators that fastnn::training_step calls by themselves.
+// The operators whose functions the layers of a network in training call directly, without the dispatcher.
 #pragma once
 
 #include <array>

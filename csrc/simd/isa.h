@@ -1,6 +1,6 @@
 // The instruction sets that kernels are compiled for, and the one in use.
 //
-// Every file of csrc/kernels is compiled once per instruction set, into the namespace fastnn::<set>, with
+// Every file of csrc/kernels but team.cpp and both plan.cpp is compiled once per instruction set, into the namespace fastnn::<set>, with
 // FASTNN_ISA naming the set and the compiler's flags for it. Kernel files keep everything they define in that
 // namespace and include no C++ library header: an inline function outside it could be emitted with one set's
 // instructions and linked for all.

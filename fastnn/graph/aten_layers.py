@@ -649,6 +649,8 @@ def _t(read: Reader, node: Node, x: Any) -> None:
 
 @_row(_aten.clone.default, _aten.contiguous.default)
 def _contiguous(read: Reader, node: Node, x: Any, memory_format: Any = None) -> None:
+    if memory_format in (torch.channels_last, torch.channels_last_3d):
+        raise NotALayerError("asks for another order of elements in memory")
     value = read.data(x)
     read.finish(node, read.add("contiguous", {"input": [value]}, value.sizes))
 

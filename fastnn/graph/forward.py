@@ -387,7 +387,7 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        stretched = self._stretches_of(trace)
+        stretched = self._stretches_of(trace)  # None unless its own guard holds
         if trace.is_idle and stretched is None:
             return self.stock(*args)
         for arg in args:

@@ -33,7 +33,7 @@ from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
 
 class NotANetworkError(Exception):
-    """Says why a step cannot run something as a network in one call or two."""
+    """Why a node cannot be a layer of a network, or a model cannot be one network."""
 
 
 def has_side_effects(line: Line) -> bool:

@@ -196,7 +196,7 @@ def _take_padding(program: _Lines, line: Line) -> bool:
     if pad is None or pad.layer != "pad" or pad.attributes["value"] != 0:
         return False
     dims, padding = len(line.attributes["stride"]), list(pad.attributes["padding"])
-    if len(padding) > 2 * dims or min(padding) < 0:
+    if len(padding) > 2 * dims or min(padding, default=0) < 0:
         return False
     padding += [0] * (2 * dims - len(padding))
     own = line.attributes["padding"]

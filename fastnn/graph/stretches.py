@@ -43,7 +43,8 @@ _ROOT = "fastnn_module"  # the name of the graph's input that is the module itse
 
 @dataclass
 class StretchedGraph:
-    """The graph as Python: ``function(module, module, *inputs, *tensors)``, with the tensors of `sources`."""
+    """The graph as Python: ``function(module, module, *inputs, *tensors)``, with the tensors of `sources`. The first
+    module is the `self` of the code that torch.fx writes, the second is an input of the graph, which its calls get."""
 
     function: Callable[..., Any]
     sources: list[tuple[Any, Any]]

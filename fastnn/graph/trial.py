@@ -224,7 +224,9 @@ def _is_close(a: Tensor, b: Tensor, few: bool) -> bool:
         return False
     if not b.is_floating_point():
         return True
-    close, scale, difference = _CLOSE.get(b.dtype, _CLOSE_OTHERWISE), float(b.norm()) + 1e-6, (a - b).abs().flatten()
+    same = (a == b) | (a.isnan() & b.isnan())  # infinities and NaN, too
+    difference = torch.where(same, 0.0, (a - b).abs()).flatten()
+    close, scale = _CLOSE.get(b.dtype, _CLOSE_OTHERWISE), float(b.nan_to_num(0.0, 0.0, 0.0).norm()) + 1e-6
     error, others = float(difference.norm()), difference.numel() - difference.numel() // _FEW
     if error <= close * scale:
         return True

@@ -165,7 +165,7 @@ def _conv_relu_max_pool(
 
 
 def conv_relu_max_pool(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> Tensor:
-    """The public function of ``dims`` dimensions, for callers that already have its :func:`flat_geometry`."""
+    """What the function of ``dims`` dimensions computes, for callers that have the :func:`flat_geometry` already."""
     batched = input.dim() == dims + 2
     if not batched:
         _check_rank(input, dims)

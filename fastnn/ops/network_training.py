@@ -123,8 +123,8 @@ def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
 
 
 class _Pass(bytearray):
-    """The number of a pass that waits for backward. A tensor over the number is saved for backward: when autograd frees
-    what was saved, the pass is forgotten.
+    """A forward pass in C++ that waits for backward, known by a number. Autograd keeps this object alive by a tensor over
+    the number, which is saved for backward; when autograd frees that tensor, the pass is forgotten.
 
     rest: tensors that may change before backward, each with its version.
     """
@@ -136,7 +136,8 @@ class _Pass(bytearray):
 
 
 class Network(torch.autograd.Function):
-    """The function that :meth:`TrainedNetwork.run` records for autograd."""
+    """The function that :meth:`TrainedNetwork.run` records for autograd. (It is always called by ``record``: see
+    ``eager_recorder`` in ``_autograd.py``.)"""
 
     @staticmethod
     def record(ctx: Any, program: TrainedNetwork, *tensors: Tensor) -> Any:

@@ -124,6 +124,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
     for (int64_t b = first; b < last; ++b) {
       const Block block = block_of<C>(g, b);
       const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
+      // `pool` calls this for each conv row that its windows need.
       const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, int64_t first_k, int64_t last_k) {
         const In* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
                            (y - band.conv[1]) * g.stride[1] * plan.step[1] +

@@ -57,4 +57,5 @@ using ConvKernelTable = PerDtype<ConvKernels>;
 
 }  // namespace fastnn
 
+// Declares conv_kernels(): the table of the instruction set in use, which forward.cpp defines for each set.
 FASTNN_DECLARE_KERNELS(ConvKernelTable, conv_kernels)

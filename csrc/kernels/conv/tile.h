@@ -1,4 +1,4 @@
-// The register tile: the one inner loop of all algorithms but depthwise.
+// The register tile: the one inner loop of forward, but for depthwise convolutions and the matrix unit.
 //
 // A tile adds up products over `depth` in registers and writes the sums to memory that stays in L1; pool.h pools them
 // there, unless a tile pools them itself. One of the two operands is broadcast, element by element, the other is

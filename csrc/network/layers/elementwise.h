@@ -58,7 +58,9 @@ class BinaryLayer : public Layer<T> {
     reverses_ = line.flag("reverses");
     of_inputs_[0] = line.activation("input_activation");
     of_inputs_[1] = line.activation("other_activation");
-    if (!line.has("other") && of_inputs_[0].kind != ActivationKind::identity) line.refuse("expected other=...");
+    for (const Activation& activation : of_inputs_) {
+      if (!line.has("other") && activation.kind != ActivationKind::identity) line.refuse("expected other=...");
+    }
   }
   FormatRule formats() const override { return FormatRule::alike; }
   bool reads_parts() const override { return true; }

@@ -56,7 +56,9 @@ class BinaryTraining : public TrainingLayer<T> {
     this->take(line, {"other"});
     if (this->inputs.size() == 1) number_ = static_cast<T>(line.real("number"));
     if (kind_ == BinaryKind::maximum || kind_ == BinaryKind::minimum) line.refuse("it has no gradient here");
-    if (line.activation().kind != ActivationKind::identity) line.refuse("in training it has no activation");
+    for (const char* const name : {"activation", "input_activation", "other_activation"}) {
+      if (line.activation(name).kind != ActivationKind::identity) line.refuse("in training it has no activation");
+    }
   }
   // Whether the layer is the sum of two values, and which of them comes first.
   bool adds() const { return kind_ == BinaryKind::add && this->inputs.size() == 2; }

@@ -71,6 +71,9 @@ class AnyConvTraining : public TrainingLayer<T> {
         dilation_(line.integers("dilation", 1, kMostSize)),
         groups_(line.integer("groups", 1, kMostSize)) {
     this->inputs = {line.input("input"), line.input("weight")};
+    for (const char* const name : {"padding_end", "crop"}) {
+      if (line.layer == "conv" && !line.text(name).empty()) line.refuse("in training it ends as torch's convolution");
+    }
     this->take(line, {"bias"});
   }
 

@@ -70,4 +70,5 @@ using ConvBackwardTable = PerDtype<ConvBackwardKernels>;
 
 }  // namespace fastnn
 
+// Declares conv_backward_kernels(): the table of the instruction set in use, which backward.cpp defines for each set.
 FASTNN_DECLARE_KERNELS(ConvBackwardTable, conv_backward_kernels)
