@@ -123,8 +123,8 @@ def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
 
 
 class _Pass(bytearray):
-    """A forward pass in C++ that waits for backward, known by a number. Autograd keeps this object alive by a tensor over
-    the number, which is saved for backward; when autograd frees that tensor, the pass is forgotten.
+    """A forward pass in C++ that waits for backward, known by a number. Autograd keeps this object alive by a tensor
+    over the number, which is saved for backward; when autograd frees that tensor, the pass is forgotten.
 
     rest: tensors that may change before backward, each with its version.
     """
