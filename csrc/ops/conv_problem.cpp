@@ -185,7 +185,8 @@ void check_sizes_fit(const Sizes& input, const ConvPoolGeometry& g, int64_t dims
   const bool pools = g.places() > 1;
   for (int d = 0; d < 3; ++d) {
     if (g.conv[d] == 0 && !pools) continue;  // all conv pixels are left out
-    FASTNN_CHECK(dims != 1 || (g.output[d] > 0 && g.conv[d] > 0), "max_pool1d() Invalid computed output size: ", g.output[d]);
+    FASTNN_CHECK(dims != 1 || (g.output[d] > 0 && g.conv[d] > 0),
+                 "max_pool1d() Invalid computed output size: ", g.output[d]);
     const int64_t channels = g.groups * g.out_channels;
     FASTNN_CHECK(g.output[d] > 0 && g.conv[d] > 0, "Given input size: (", channels, "x",
                  joined(given([&](int i) { return g.conv[i]; }), "x"), "). Calculated output size: (", channels, "x",

@@ -1,9 +1,9 @@
 // The instruction sets that kernels are compiled for, and the one in use.
 //
-// Every file of csrc/kernels but team.cpp and both plan.cpp is compiled once per instruction set, into the namespace fastnn::<set>, with
-// FASTNN_ISA naming the set and the compiler's flags for it. Kernel files keep everything they define in that
-// namespace and include no C++ library header: an inline function outside it could be emitted with one set's
-// instructions and linked for all.
+// Every file of csrc/kernels but team.cpp and both plan.cpp is compiled once per instruction set, into the namespace
+// fastnn::<set>, with FASTNN_ISA naming the set and the compiler's flags for it. Kernel files keep everything they
+// define in that namespace and include no C++ library header: an inline function outside it could be emitted with one
+// set's instructions and linked for all.
 //
 // X(set, the set whose kernels it runs, ...), the one that every processor has first, the best last. avx512_bf16 and
 // amx_bf16 run the kernels of avx512, which ask (isa_multiplies_pairs, isa_multiplies_matrices) before they use
