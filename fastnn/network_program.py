@@ -124,6 +124,9 @@ def write(
             words.append(names[value])
         known = KINDS[line.layer].attributes
         for name, content in line.attributes.items():
+            # One number may stand for all dimensions of a convolution.
+            if line.layer == "conv" and isinstance(content, (list, tuple)) and len(set(content)) == 1:
+                content = content[:1]
             if (written := write_attribute(content)) != known[name][1]:
                 words.append(f"{name}={written}")
         text.append(" ".join(words))

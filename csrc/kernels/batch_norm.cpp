@@ -1,5 +1,6 @@
 #include "batch_norm.h"
 
+#include "../simd/activate.h"
 #include "../simd/shuffle.h"
 #include "gemm.h"
 
@@ -46,59 +47,68 @@ void add_moments(const T* x, int64_t count, T center, double* sums) {
                   });
 }
 
-// A gradient, zero where the output lies on a bound or beyond. `output` may be null. Comparisons to NaN fail, so that
-// NaN is no bound, and an output that is NaN lets the gradient pass.
-template <class T>
-struct MaskedGradient {
-  const T *gradient, *output;
-  Vec<T> least, most;
-
-  MaskedGradient(const T* gradient, const T* output, T least, T most)
-      : gradient(gradient), output(output), least(broadcast<T>(least)), most(broadcast<T>(most)) {}
-  FASTNN_INLINE Vec<T> at(int64_t i, int64_t left) const {
-    const Vec<T> g = load_up_to<T>(gradient + i, left);
-    if (!output) return g;
-    const Vec<T> y = load_up_to<T>(output + i, left), above = y <= least ? Vec<T>{} : g;
-    return y >= most ? Vec<T>{} : above;
+// Calls body(function) with the activation as an ActivationFunction. (All other activations would be instances that
+// nobody calls.)
+template <class T, class Body>
+FASTNN_INLINE void with_bounds(const Activation& activation, const Body& body) {
+  const auto [least, most] = bounds_of<T>(activation);
+  if (activation.kind == ActivationKind::relu) return body(ActivationFunction<ActivationKind::relu, T>{});
+  if (activation.kind == ActivationKind::hardtanh) {
+    return body(ActivationFunction<ActivationKind::hardtanh, T>{least, most});
   }
-};
+  body(ActivationFunction<ActivationKind::identity, T>{});
+}
+
+// The gradient in front of an activation, from that behind it.
+template <class T, class Function>
+FASTNN_INLINE Vec<T> gradient_before(const Function& function, const T* gradient, const T* output, int64_t left) {
+  const Vec<T> behind = load_up_to<T>(gradient, left);
+  if constexpr (Function::kind == ActivationKind::identity) {
+    return behind;
+  } else {
+    return function.gradient(behind, load_up_to<T>(output, left));
+  }
+}
 
 template <class T>
-void add_products(const T* gradient, const T* output, const T* x, int64_t count, T center, T least, T most,
+void add_products(const T* gradient, const T* output, const Activation& activation, const T* x, int64_t count, T center,
                   double* sums) {
   const Vec<T> middle = broadcast<T>(center);
-  const MaskedGradient<T> masked(gradient, output, least, most);
-  add_two_sums<T>(count, sums,
-                  [=](int64_t i, int64_t left, Vec<T>& sum, Vec<T>& products) __attribute__((always_inline)) {
-                    const Vec<T> g = masked.at(i, left);
-                    sum += g;
-                    products += g * deviation<T>(x + i, left, middle);
-                  });
+  with_bounds<T>(activation, [&](auto function) __attribute__((always_inline)) {
+    add_two_sums<T>(count, sums,
+                    [=](int64_t i, int64_t left, Vec<T>& sum, Vec<T>& products) __attribute__((always_inline)) {
+                      const Vec<T> g = gradient_before(function, gradient + i, output + i, left);
+                      sum += g;
+                      products += g * deviation<T>(x + i, left, middle);
+                    });
+  });
 }
 
 template <class T>
-void normalize(const T* x, const T* addend, int64_t count, T center, T b, T c, T least, T most, T* to) {
+void normalize(const T* x, const T* addend, int64_t count, T center, T b, T c, const Activation& activation, T* to) {
   const Vec<T> middle = broadcast<T>(center), shift = broadcast<T>(c);
-  const Vec<T> low = broadcast<T>(least), high = broadcast<T>(most);
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const int64_t left = count - i;
-    Vec<T> y = (load_up_to<T>(x + i, left) - middle) * b + shift;
-    if (addend) y += load_up_to<T>(addend + i, left);
-    y = y < low ? low : y;
-    store_up_to<T>(to + i, y > high ? high : y, left);
-  }
+  with_bounds<T>(activation, [&](auto function) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const int64_t left = count - i;
+      Vec<T> y = (load_up_to<T>(x + i, left) - middle) * b + shift;
+      if (addend) y += load_up_to<T>(addend + i, left);
+      store_up_to<T>(to + i, function(y), left);
+    }
+  });
 }
 
 template <class T>
-void combine(const T* gradient, const T* output, const T* x, int64_t count, T center, T a, T b, T c, T least, T most,
-             T* to) {
+void combine(const T* gradient, const T* output, const Activation& activation, const T* x, int64_t count, T center, T a,
+             T b, T c, T* to) {
   const Vec<T> middle = broadcast<T>(center), shift = broadcast<T>(c);
-  const MaskedGradient<T> masked(gradient, output, least, most);
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const int64_t left = count - i;
-    const Vec<T> d = load_up_to<T>(x + i, left) - middle;
-    store_up_to<T>(to + i, masked.at(i, left) * a + (d * b + shift), left);
-  }
+  with_bounds<T>(activation, [&](auto function) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += kLanes<T>) {
+      const int64_t left = count - i;
+      const Vec<T> d = load_up_to<T>(x + i, left) - middle;
+      const Vec<T> g = gradient_before(function, gradient + i, output + i, left);
+      store_up_to<T>(to + i, g * a + (d * b + shift), left);
+    }
+  });
 }
 
 template <class T>

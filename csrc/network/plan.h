@@ -244,40 +244,38 @@ class Plan {
     }
   }
 
-  // A part of a value is read where it lies, if all layers that take the part can do that.
+  // A part of a value is read where it lies, if all layers that take the part can do that. Then nothing is computed for
+  // the part.
 
   std::vector<int64_t> offset_in_whole_;  // of each value; 0 unless it is such a part
 
   void set_read_parts() {
     offset_in_whole_.assign(values.size(), 0);
-    std::vector<char> is_read(values.size(), true);  // only by layers that can read parts
-    const auto keep = [&](int64_t value) { is_read[at(value)] = false; };
-    for (const auto& step : network_.steps) {
-      const Layer<T>& layer = *step.layer;
-      const size_t number = static_cast<size_t>(&step - network_.steps.data());
-      if (layer.reads_parts() && !layer.is_view(sites[number])) continue;
-      for (const int64_t input : layer.inputs) keep(input);
+    std::vector<char> may_be_part(values.size(), true);
+    for (size_t i = 0; i < sites.size(); ++i) {
+      const Layer<T>& layer = *network_.steps[i].layer;
+      if (layer.reads_parts() && !layer.is_view(sites[i])) continue;
+      for (const int64_t input : layer.inputs) may_be_part[at(input)] = false;
     }
-    for (const int64_t output : network_.outputs) keep(output);
-    for (const auto& [value, part] : parts_) keep(static_cast<int64_t>(value));
+    for (const int64_t output : network_.outputs) may_be_part[at(output)] = false;
+    for (const auto& [value, part] : parts_) may_be_part[value] = false;
     for (size_t i = 0; i < sites.size(); ++i) {
       const Layer<T>& layer = *network_.steps[i].layer;
       Site<T>& site = sites[i];
-      for (size_t k = 0; k < layer.inputs.size(); ++k)
+      for (size_t k = 0; k < layer.inputs.size(); ++k) {
         site.inputs[k].part_strides = values[at(layer.inputs[k])].part_strides;
-      if (is_idle[i]) continue;
-      std::vector<ValueType> parts = site.outputs;
-      std::vector<int64_t> offsets;
-      for (size_t k = 0; k < parts.size(); ++k) {
-        const int64_t offset = is_read[at(layer.outputs[k])] ? layer.part_of_input(site, k, parts[k]) : -1;
-        if (offset < 0) break;
-        offsets.push_back(checked_sum(offset, offset_in_whole_[at(layer.inputs[0])]));
       }
-      if (offsets.size() < parts.size()) continue;
+      if (is_idle[i]) continue;
+      std::vector<int64_t> offsets;
+      for (size_t k = 0; k < layer.outputs.size() && offsets.size() == k; ++k) {
+        const int64_t offset = may_be_part[at(layer.outputs[k])] ? layer.offset_in_input(site, k) : -1;
+        if (offset >= 0) offsets.push_back(checked_sum(offset, offset_in_whole_[at(layer.inputs[0])]));
+      }
+      if (offsets.size() < layer.outputs.size()) continue;
       is_idle[i] = true;
-      for (size_t k = 0; k < parts.size(); ++k) {
+      for (size_t k = 0; k < layer.outputs.size(); ++k) {
         offset_in_whole_[at(layer.outputs[k])] = offsets[k];
-        values[at(layer.outputs[k])] = parts[k];
+        values[at(layer.outputs[k])].part_strides = site.inputs[0].strides();
       }
     }
   }

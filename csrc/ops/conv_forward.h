@@ -14,9 +14,8 @@ inline const ConvPlan& plan_of_direct(PlanKey key, bool exact) {
   return plan_for(key);
 }
 
-// The plan of a call. `plan` is the plan that follows from the key alone. If it transforms or pads elements so that
-// large ones could overflow (needs_moderate), and the call has such elements, the result is the plan of direct
-// convolution.
+// The plan of a call. `plan` is the plan that follows from the key alone. If large or infinite elements would spoil its
+// sums (needs_moderate), and the call has such elements, the result is the plan of direct convolution.
 template <class T>
 const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, const PlanKey& key,
                              const ConvPlan& plan) {

@@ -24,8 +24,9 @@ _LEAST_ROUNDS = 5  # and for at least so many rounds.
 # last number holds.
 _CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _CLOSE_OTHERWISE = 3e-2
-# Rounding decides at ReLU's kink, and between the elements of a pool's window that are as large. There gradients differ
-# in few elements, and much. So one element of a gradient in so many may differ, if the norm is right to such a share.
+# Where a value lies at ReLU's kink, or two elements of a pool's window are equal but for rounding, rounding
+# decides which elements of a gradient are zero. So one element of a gradient in _FEW may differ by any amount,
+# while the norm of all differences is below this share of the gradient's norm.
 _FEW, _CLOSE_WITH_FEW = 100, 0.1
 
 

@@ -206,8 +206,8 @@ FASTNN_SHARED void finish_rows(const ConvCall<T>& call, int64_t at, int64_t chan
   });
 }
 
-// Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on. bounds: to take of
-// them, or null if that has been done.
+// Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on. bounds: what the
+// pixels must still be kept between, or null.
 template <class T, class C>
 void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, C* from, const uint8_t* winners,
                   int64_t pitch, const Bounds<C>* bounds) {
@@ -224,7 +224,7 @@ void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t
     }
     return finish_rows(call, at, channels, count);
   }
-  if (bounds && call.bounds()) {
+  if (bounds && call.bounds_sums()) {
     const C* const place = from;
     pool_windows<C>({&place, 1, pitch, pitch, count, pitch / kLanes<C>, *bounds}, from, nullptr);
   }

@@ -79,17 +79,15 @@ void depthwise_row(const ConvPoolGeometry& g, const ConvLayout& layout, const C*
            (x * g.stride[2] - g.padding[2] + tap * g.dilation[2]) * layout.d[2];
   };
   weight += rows.first * taps * width;
-  // Inside, no position of the kernel is on the padding.
+  // From `begin` to `end`, no position of the kernel is on the padding.
   const int64_t reach = g.input[2] + g.padding[2] - g.kernel_extent(2), last = first + count;
   const int64_t begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
-  const int64_t end = larger(begin, smaller(last, reach < 0 ? begin : reach / g.stride[2] + 1));
-  if (end > begin && height > 0) {
+  const int64_t end = height == 0 || reach < 0 ? begin : larger(begin, smaller(last, reach / g.stride[2] + 1));
+  if (end > begin) {
     depthwise_pixels(input_at(begin, 0), g.stride[2] * layout.d[2], end - begin, offsets, height * taps, weight,
                      vectors, bias, result.from(begin - first));
   }
-  for (int64_t x = first; x < last; ++x) {
-    if (height > 0 && x == begin) x = end;
-    if (x >= last) break;
+  for (int64_t x = begin > first ? first : end; x < last; x = x + 1 == begin ? end : x + 1) {
     const Inside columns = taps_inside(g, 2, x);
     for (int64_t lane = 0; lane < width; lane += kLanes<C>) {
       Vec<C> sum = load(bias + lane);

@@ -33,9 +33,9 @@ struct ConvCall {
   const T* addend;  // laid out as the output, where each window is a conv pixel; or null
 
   // Whether the activation is taken with the sums or with the pool.
-  bool bounds() const { return !addend && only_bounds(activation); }
+  bool bounds_sums() const { return !addend && only_bounds(activation); }
   // Whether the output is changed once more where it has been written: see `finish` in copy.h.
-  bool finishes() const { return addend || (!bounds() && activation.kind != ActivationKind::identity); }
+  bool finishes() const { return addend || (!bounds_sums() && activation.kind != ActivationKind::identity); }
 };
 
 template <class T>

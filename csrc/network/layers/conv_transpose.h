@@ -116,7 +116,7 @@ class ConvTransposeLayer : public Layer<T> {
       if (!phase.empty) {
         phase.key = plan_key<T>(*site.kernels.conv, g, site.inputs[0].channels_last(), true, -1);
         phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
-        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // a phase cannot be written by torch
+        if (phase.plan.algorithm == ForwardAlgorithm::stock) {  // which writes no output with gaps, as a phase is
           phase.key.request.algorithm = static_cast<int32_t>(ForwardAlgorithm::direct);
           phase.plan = plan_forward(phase.key.geometry, phase.key.request, phase.key.machine);
         }

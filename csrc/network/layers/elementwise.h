@@ -1,7 +1,6 @@
 // activation and binary: layers that compute element by element.
 #pragma once
 
-#include "../../ops/mlp_by_layers.h"
 #include "../array.h"
 
 namespace fastnn {

@@ -222,14 +222,6 @@ class TransposeLayer : public ReorderLayer<T> {
   int64_t first_, second_;
 };
 
-// Describes the elements of an input from `first` on along dimension d as a part that is read where it lies: see
-// Layer::part_of_input.
-inline int64_t read_in_place(const ValueType& input, size_t d, int64_t first, ValueType& part) {
-  const Ints strides = input.strides();
-  part.part_strides = strides;
-  return checked_product(first, strides[d]);
-}
-
 // Elements [start, stop) of a dimension, every step-th. As in Python, numbers below 0 count from the end.
 template <class T>
 class SliceLayer : public Layer<T> {
@@ -254,9 +246,9 @@ class SliceLayer : public Layer<T> {
     return moving_cost<T>(site.outputs[0], dimension_of(line_, dim_, site.outputs[0].sizes.size()));
   }
   bool reads_parts() const override { return true; }
-  int64_t part_of_input(const Site<T>& site, size_t, ValueType& output) const override {
-    const size_t d = dimension_of(line_, dim_, output.sizes.size());
-    return step_ == 1 ? read_in_place(site.inputs[0], d, place(start_, site.sizes(0)[d]), output) : -1;
+  int64_t offset_in_input(const Site<T>& site, size_t) const override {
+    const size_t d = dimension_of(line_, dim_, site.sizes(0).size());
+    return step_ == 1 ? checked_product(place(start_, site.sizes(0)[d]), site.inputs[0].strides()[d]) : -1;
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
@@ -356,12 +348,12 @@ class SplitLayer : public Layer<T> {
     }
   }
   bool reads_parts() const override { return true; }
-  int64_t part_of_input(const Site<T>& site, size_t which, ValueType& output) const override {
+  int64_t offset_in_input(const Site<T>& site, size_t which) const override {
     if (unbinds_) return -1;
-    const size_t d = dimension(output.sizes.size());
+    const size_t d = dimension(site.sizes(0).size());
     int64_t first = 0;
     for (size_t i = 0; i < which; ++i) first += site.outputs[i].sizes[d];
-    return read_in_place(site.inputs[0], d, first, output);
+    return checked_product(first, site.inputs[0].strides()[d]);
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType& input = call.site.inputs[0];

@@ -6,6 +6,16 @@
 
 namespace fastnn {
 
+// The activation of a tensor, and the tensor as the result lies: the given one, or a copy.
+template <class T>
+std::array<Tensor, 2> activated(const Activation& activation, const Tensor& given) {
+  Tensor output = new_like<T>(given);
+  Tensor from = same_strides(given, output) ? given.borrow() : dense(given);
+  if (!same_strides(from, output)) output = new_tensor(sizes_of(from), kDtypeOf<T>);
+  activate<T>(activation, data<T>(from), output.numel(), mutable_data<T>(output));
+  return {std::move(output), std::move(from)};
+}
+
 // gradient times an activation's derivative. kept: what the derivative is computed from. The result lies as `kept`
 // does, if the gradient does, too.
 template <class T>
@@ -30,10 +40,9 @@ class ActivationTraining : public UnaryTraining<T> {
   std::string_view activation_text() const override { return text_; }
   const Activation& activation() const { return activation_; }
   void forward(Tensor* outputs) override {
-    output_ = new_like<T>(this->input());
-    from_ = same_strides(this->input(), output_) ? this->input().borrow() : dense(this->input());
-    if (!same_strides(from_, output_)) output_ = new_tensor(sizes_of(from_), kDtypeOf<T>);
-    activate<T>(activation_, data<T>(from_), output_.numel(), mutable_data<T>(output_));
+    std::array<Tensor, 2> both = activated<T>(activation_, this->input());
+    output_ = std::move(both[0]);
+    from_ = std::move(both[1]);
     outputs[0] = output_.borrow();
   }
   Tensor gradient_of(const Tensor& gradient) override {

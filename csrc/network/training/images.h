@@ -71,9 +71,6 @@ class AnyConvTraining : public TrainingLayer<T> {
         dilation_(line.integers("dilation", 1, kMostSize)),
         groups_(line.integer("groups", 1, kMostSize)) {
     this->inputs = {line.input("input"), line.input("weight")};
-    for (const char* const name : {"padding_end", "crop"}) {
-      if (line.layer == "conv" && !line.text(name).empty()) line.refuse("in training it ends as torch's convolution");
-    }
     this->take(line, {"bias"});
   }
 
@@ -110,6 +107,9 @@ class ConvTraining : public AnyConvTraining<T> {
  public:
   explicit ConvTraining(const ProgramLine& line) : AnyConvTraining<T>(line), pool_(line), fused_(rectifies(line)) {
     if (line.has("addend")) line.refuse("in training it has no addend");
+    for (const char* const name : {"padding_end", "crop"}) {
+      if (!line.text(name).empty()) line.refuse("in training it ends as torch's convolution");
+    }
     if (!fused_ && pool_.is_there()) line.refuse("in training a pool follows only its ReLU");
   }
 
@@ -309,7 +309,8 @@ class BatchNormTraining : public TrainingLayer<T> {
   void forward(Tensor* outputs) override {
     const Tensor& input = this->given[0];
     const int64_t channels = begin(input);
-    if (is_by_torch_) {
+    const bool in_order = lies_in_order(input);
+    if (way_ == Way::apart && trains_ && !in_order) {
       normalize_by_torch(outputs);
       return finish(outputs);
     }
@@ -324,15 +325,13 @@ class BatchNormTraining : public TrainingLayer<T> {
     inverse_deviation_ = new_tensor({channels}, kDtypeOf<T>);
     T* const inverse = mutable_data<T>(inverse_deviation_);
     for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
-    if (is_fused_) {
-      outputs[0] = normalized_images(input, addend_ ? data<T>(this->given[addend_]) : nullptr, bounds());
+    if (way_ == Way::in_one_pass) {
+      outputs[0] = normalized_images(input, addend_ ? data<T>(this->given[addend_]) : nullptr, activation_);
       if (activates()) output_ = outputs[0].borrow();
       return;
     }
-    if (!is_by_pool_) {
-      constexpr T none = std::numeric_limits<T>::quiet_NaN();
-      const bool in_order = input.is_contiguous() && input.dim() > 2;
-      outputs[0] = in_order ? normalized_images(input, nullptr, {none, none})
+    if (way_ == Way::apart) {
+      outputs[0] = in_order ? normalized_images(input, nullptr, kIdentity)
                             : normalized(input, parameter(2), parameter(3), mean_, variance_, eps_);
       return finish(outputs);
     }
@@ -352,20 +351,23 @@ class BatchNormTraining : public TrainingLayer<T> {
     const Tensor& input = this->given[0];
     const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
     const bool addend_wanted = addend_ && wanted[addend_];
-    const bool is_own = trains_ && input.is_contiguous() && input.dim() > 2;
+    const bool is_own = trains_ && lies_in_order(input);
     Tensor gradient = gradients[0].borrow();
-    bool masks = is_fused_ && is_own && activates() && !addend_wanted && gradient.is_contiguous();
-    if (is_by_pool_) {
+    // Whether the norm's own backward takes the activation's with it. The addend's gradient is the one in front of it.
+    const bool both = way_ == Way::in_one_pass && is_own && !addend_wanted && gradient.is_contiguous();
+    if (way_ == Way::by_pool) {
       gradient = std::get<0>(
           conv_relu_max_pool_backward(gradient, winners_, input, ones_, geometry_, true, false, false, std::nullopt));
-    } else if (activates() && !masks) {
+    } else if (activates() && !both) {
       gradient = activation_gradient<T>(activation_, gradient, output_);
     }
     if (addend_) {
       if (addend_wanted) results[addend_].tensor = reduced(Tensor(gradient), sizes_of(this->given[addend_]));
       gradient = reduced(std::move(gradient), sizes_of(input));
     }
-    if (is_own && gradient.is_contiguous()) return take_gradients(gradient, masks, wanted, results);
+    if (is_own && gradient.is_contiguous()) {
+      return take_gradients(gradient, both ? activation_ : kIdentity, wanted, results);
+    }
     NormStatistics statistics;
     (trains_ ? statistics.mean : statistics.running_mean) = optional(mean_);
     (trains_ ? statistics.inverse_deviation : statistics.running_variance) =
@@ -425,21 +427,12 @@ class BatchNormTraining : public TrainingLayer<T> {
                                    : combined<T>(BinaryKind::add, output, addend);
     }
     if (!activates()) return;
-    const Tensor from = std::move(output);
-    output = new_like<T>(from);
-    const Tensor alike = same_strides(from, output) ? from.borrow() : dense(from);
-    if (!same_strides(alike, output)) output = new_tensor(sizes_of(alike), kDtypeOf<T>);
-    activate<T>(activation_, data<T>(alike), output.numel(), mutable_data<T>(output));
-    output_ = output.borrow();
+    output_ = std::move(activated<T>(activation_, output)[0]);
+    output = output_.borrow();
   }
   bool activates() const { return activation_.kind != ActivationKind::identity; }
-  // The bounds of the activation; NaN where there is none.
-  std::array<T, 2> bounds() const {
-    constexpr T none = std::numeric_limits<T>::quiet_NaN();
-    if (activation_.kind == ActivationKind::relu) return {T(0), none};
-    if (!activates()) return {none, none};
-    return {static_cast<T>(activation_.parameters[0]), static_cast<T>(activation_.parameters[1])};
-  }
+  // Whether a tensor holds images whose channels' pixels lie together, as our kernels take them.
+  static bool lies_in_order(const Tensor& tensor) { return tensor.is_contiguous() && tensor.dim() > 2; }
   // What a channel is multiplied by. Where all values of the channel are equal, but for the rounding of their mean, the
   // result is exactly the bias: the rounding error times the channel's scale, which is large, would move the result
   // away from the bias, perhaps to the other side of ReLU's 0.
@@ -449,8 +442,8 @@ class BatchNormTraining : public TrainingLayer<T> {
     if (activates() && trains_ && data<T>(variance_)[channel] <= mean * mean * kLimit) return 0;
     return place_[2] ? inverse * data<T>(this->given[place_[2]])[channel] : inverse;
   }
-  // addend: as many elements as the input has, or null. bounds: of the results, NaN where there is none.
-  Tensor normalized_images(const Tensor& input, const T* addend, const std::array<T, 2>& bounds) const {
+  // activation(the normalized input + addend). addend: as many elements as the input has, or null.
+  Tensor normalized_images(const Tensor& input, const T* addend, const Activation& activation) const {
     Tensor result = new_tensor(sizes_of(input), kDtypeOf<T>);
     const auto& kernels = batch_norm_kernels().get<T>();
     const T* const from = data<T>(input);
@@ -459,21 +452,19 @@ class BatchNormTraining : public TrainingLayer<T> {
     for_each_channel(input, 4, [&](int64_t c, const auto& planes) {
       planes([&](int64_t at, int64_t pixels) {
         kernels.normalize(from + at, addend ? addend + at : nullptr, pixels, data<T>(mean_)[c], factor(c),
-                          bias ? bias[c] : T(0), bounds[0], bounds[1], to + at);
+                          bias ? bias[c] : T(0), activation, to + at);
       });
     });
     return result;
   }
-  // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias. masks:
-  // whether the gradient is still that of the activation's output.
-  void take_gradients(const Tensor& gradient, bool masks, const bool* wanted, Gradient<T>* results) {
+  // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias, from the
+  // gradient of the activation's output.
+  void take_gradients(const Tensor& gradient, const Activation& activation, const bool* wanted, Gradient<T>* results) {
     const Tensor& input = this->given[0];
     const auto& kernels = batch_norm_kernels().get<T>();
     const T *const x = data<T>(input), *const g = data<T>(gradient), *const means = data<T>(mean_);
-    const T* const output = masks ? data<T>(output_) : nullptr;
+    const T* const y = activation.kind != ActivationKind::identity ? data<T>(output_) : g;  // g in place of any memory
     const T* const weight = place_[2] ? data<T>(this->given[place_[2]]) : nullptr;
-    const std::array<T, 2> bounds = this->bounds();
-    const T least = bounds[0], most = bounds[1];
     T* of[4] = {};  // the gradients of the input, and of weight and bias at their places
     const auto make = [&](size_t place, size_t which, const Ints& sizes) {
       results[place] = {new_tensor(sizes, kDtypeOf<T>), nullptr, true};
@@ -487,7 +478,7 @@ class BatchNormTraining : public TrainingLayer<T> {
     for_each_channel(input, 8, [&](int64_t c, const auto& planes) {
       double sums[2] = {};
       planes([&](int64_t at, int64_t pixels) {
-        kernels.add_products(g + at, output ? output + at : nullptr, x + at, pixels, means[c], least, most, sums);
+        kernels.add_products(g + at, y + at, activation, x + at, pixels, means[c], sums);
       });
       const double inverse = static_cast<double>(data<T>(inverse_deviation_)[c]);
       if (of[2]) of[2][c] = static_cast<T>(sums[1] * inverse);
@@ -497,8 +488,7 @@ class BatchNormTraining : public TrainingLayer<T> {
       const T a = static_cast<T>(scale), b = static_cast<T>(-scale * inverse * inverse * sums[1] / count);
       const T shift = static_cast<T>(-scale * sums[0] / count);
       planes([&](int64_t at, int64_t pixels) {
-        kernels.combine(g + at, output ? output + at : nullptr, x + at, pixels, means[c], a, b, shift, least, most,
-                        of[0] + at);
+        kernels.combine(g + at, y + at, activation, x + at, pixels, means[c], a, b, shift, of[0] + at);
       });
     });
   }
@@ -518,12 +508,11 @@ class BatchNormTraining : public TrainingLayer<T> {
     elements_ = input.numel() / std::max<int64_t>(channels, 1);
     FASTNN_CHECK(!trains_ || elements_ > 1, kTrainingStep,
                  ": Expected more than 1 value per channel when training, got input size ", to_string(input.sizes()));
-    const bool in_order = input.is_contiguous() && rank > 2, rectifies = activation_.kind == ActivationKind::relu;
+    const bool in_order = lies_in_order(input), rectifies = activation_.kind == ActivationKind::relu;
     const bool fits = !addend_ || (same_sizes(this->given[addend_], input) && this->given[addend_].is_contiguous());
-    is_by_pool_ = pool_.is_there() || (rectifies && !in_order && !addend_ && rank > 2);
-    is_fused_ = !is_by_pool_ && in_order && fits;
-    is_by_torch_ = !is_by_pool_ && !in_order && trains_;
-    if (!is_by_pool_) return channels;
+    const bool by_pool = pool_.is_there() || (rectifies && !in_order && !addend_ && rank > 2);
+    way_ = by_pool ? Way::by_pool : in_order && fits ? Way::in_one_pass : Way::apart;
+    if (!by_pool) return channels;
     Ints sizes(static_cast<size_t>(rank), 1);
     sizes[0] = channels;
     if (!ones_.defined() || sizes_of(ones_) != sizes) {
@@ -540,7 +529,8 @@ class BatchNormTraining : public TrainingLayer<T> {
   double momentum_, eps_;
   TrainingPool pool_;
   Activation activation_;  // none, ReLU or hardtanh
-  bool is_by_pool_ = false, is_fused_ = false, is_by_torch_ = false;
+  // How this step runs: as a convolution with a pool, in one pass, or the norm and what follows it one by one.
+  enum class Way { by_pool, in_one_pass, apart } way_ = Way::apart;
   size_t addend_ = 0;  // which of the inputs is added to what is normalized; 0 where none is
   bool addend_comes_first_ = false;
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
