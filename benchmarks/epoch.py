@@ -225,6 +225,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of epoch.json")
     arguments = parser.parse_args()
+    with using_threads(1):  # before other software starts threads of its own, which look for work
+        scale = threads_scale(5 if arguments.seconds >= 1 else 1)
+    print(f"two threads train {scale:.2f} times as much as one")
     rows = []
     for loop in LOOPS:
         if arguments.only not in loop.name:
@@ -232,9 +235,6 @@ def main() -> None:
         for threads in arguments.threads:
             rows.append(measure(loop, threads, arguments.contenders, arguments.seconds))
             print(as_line(rows[-1]), flush=True)
-    with using_threads(1):
-        scale = threads_scale(5 if arguments.seconds >= 1 else 1)
-    print(f"two threads train {scale:.2f} times as much as one")
     if not arguments.only:
         save(arguments.output, "epoch", rows, arguments.seconds, threads_scale=scale)
 
