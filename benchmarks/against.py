@@ -122,7 +122,8 @@ def main() -> None:
         "--ops", nargs="+", default=["conv_relu_max_pool"], help="ops of benchmarks/cases.py, or layers"
     )
     parser.add_argument("--only", default="", help="the cases whose name contains this text")
-    parser.add_argument("--directions", nargs="+", default=["inference", "training"])
+    both = ["inference", "training"]
+    parser.add_argument("--directions", nargs="+", choices=both, default=both)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of a case by a pair (default: %(default)s)")

@@ -177,7 +177,8 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="the models whose name contains this text")
-    parser.add_argument("--directions", nargs="+", default=["inference", "training"])
+    both = ["inference", "training"]
+    parser.add_argument("--directions", nargs="+", choices=both, default=both)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of a row (default: %(default)s)")

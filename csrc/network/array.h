@@ -159,27 +159,29 @@ const T* elements_of_block(const Operand<T>& operand, int64_t offset, int64_t st
   return block;
 }
 
-// to = a op b, over arrays of these sizes and strides. The order of the dimensions is that of `to`, which is dense, in
-// memory.
+// to = activation(a op b), over arrays of these sizes and strides. The order of the dimensions is that of `to`, which
+// is dense, in memory.
 template <class T>
-void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, T* to, const Ints& to_strides,
-                    const Ints& sizes, const std::vector<size_t>& order) {
+void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, const Activation& activation, T* to,
+                    const Ints& to_strides, const Ints& sizes, const std::vector<size_t>& order) {
   for (const int64_t size : sizes) {
     if (size == 0) return;
   }
   const auto& kernels = elementwise_kernels().get<T>();
+  const auto& mlp = mlp_kernels().elementwise.get<T>();
   const Loops<3> loops(sizes, {a.strides, b.strides, to_strides}, order);
   const size_t last = loops.sizes.size() - 1;
   const int64_t length = loops.sizes[last], a_step = loops.strides[0][last], b_step = loops.strides[1][last];
-  const bool activates = a.is_activated() || b.is_activated();
-  if (a_step == 1 && b_step == 1 && (activates || (last > 0 && length < kBlock))) {
-    const double work = activates ? kActivationWork : kCopyWork;
+  const bool activates = a.is_activated() || b.is_activated(), finishes = activation.kind != ActivationKind::identity;
+  const double work = activates || finishes ? kActivationWork : kCopyWork;
+  if (a_step == 1 && b_step == 1) {
     const size_t d = last > 0 ? last - 1 : 0;
     return loops.for_each_block(kBlock, work, [&](const auto& at, int64_t rows, int64_t some) {
       const Scratch<T> a_block(kBlock), b_block(kBlock);
       const T* const left = elements_of_block(a, at[0], loops.strides[0][d], rows, some, a_block.get());
       const T* const right = elements_of_block(b, at[1], loops.strides[1][d], rows, some, b_block.get());
       kernels.binary(kind, left, 1, right, 1, rows * some, to + at[2]);
+      if (finishes) mlp.activate(activation, to + at[2], to + at[2], rows * some);
     });
   }
   if (activates) {  // an operand that is broadcast, or lies across the result
@@ -194,9 +196,9 @@ void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, T
       activate(dense[i].activation, copy, elements, copy);
       dense[i] = {copy, to_strides};
     }
-    return combine_arrays(kind, dense[0], dense[1], to, to_strides, sizes, order);
+    return combine_arrays(kind, dense[0], dense[1], activation, to, to_strides, sizes, order);
   }
-  loops.for_each_run(1, 1, [&](const auto& at) {
+  loops.for_each_run(1, work, [&](const auto& at) {
     // An operand of another format than the result lies across the run.
     const Scratch<T> a_run(a_step > 1 ? length : 0), b_run(b_step > 1 ? length : 0);
     const auto in_a_run = [length](const T* from, int64_t step, T* run) {
@@ -206,6 +208,7 @@ void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, T
     };
     kernels.binary(kind, in_a_run(a.from + at[0], a_step, a_run.get()), std::min<int64_t>(a_step, 1),
                    in_a_run(b.from + at[1], b_step, b_run.get()), std::min<int64_t>(b_step, 1), length, to + at[2]);
+    if (finishes) mlp.activate(activation, to + at[2], to + at[2], length);
   });
 }
 
@@ -213,7 +216,7 @@ void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, T
 template <class T>
 void combine_with_number(BinaryKind kind, const T* from, const T& number, bool reverses, int64_t count, T* to) {
   const auto& kernels = elementwise_kernels().get<T>();
-  parallel_range(count, 1, [&](int64_t first, int64_t last) {
+  parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
     const T *const a = reverses ? &number : from + first, *const b = reverses ? from + first : &number;
     kernels.binary(kind, a, reverses ? 0 : 1, b, reverses ? 1 : 0, last - first, to + first);
   });

@@ -55,6 +55,8 @@ class PixelsForward {
   void run(int64_t first_item, int64_t last_item) {
     for (int64_t item = first_item; item < last_item; ++item) {
       band_ = band_of(g_, plan_.band, 1, item);
+      const int64_t places = plan_.places_of(g_, band_.rows, band_.columns, plan_.band.input[2]);
+      tiles_ = divide_up(places * plan_.band.images, plan_.vectors * kLanes<C>);
       copy_band();
       for (int64_t b = 0; b < plan_.blocks; ++b) {
         first_ = g_.out_channels * b / plan_.blocks;
@@ -86,8 +88,14 @@ class PixelsForward {
   // them as it is copied, for images beyond the last one.
   void fill_beside(Inside columns, C* row, bool fills_images) const {
     const int64_t places = plan_.step[1] / plan_.band.images, images = plan_.band.images;
-    for (int64_t x = 0; x < smaller(columns.first, places); ++x) fill_zeros(row + place_of(x), images);
-    for (int64_t x = larger(columns.last, 0); x < places; ++x) fill_zeros(row + place_of(x), images);
+    const int64_t before = smaller(columns.first, places), behind = larger(columns.last, 0);
+    if (plan_.residues == 1) {
+      fill_zeros(row, before * images);
+      fill_zeros(row + behind * images, (places - behind) * images);
+    } else {
+      for (int64_t x = 0; x < before; ++x) fill_zeros(row + place_of(x), images);
+      for (int64_t x = behind; x < places; ++x) fill_zeros(row + place_of(x), images);
+    }
     if (band_.images == images || fills_images) return;
     for (int64_t x = columns.first; x < columns.last; ++x) {
       fill_zeros(row + place_of(x) + band_.images, images - band_.images);
@@ -149,8 +157,9 @@ class PixelsForward {
     if (call_.winners) {
       sum_run(copy_, offsets_, weight, {}, sums);
       places_[0] = sums;
-      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, plan_.conv_run / kLanes<C>, bounds_of(call_)},
-                      stage_, winner_stage_);
+      const int64_t vectors = tiles_ * plan_.vectors;
+      pool_windows<C>({places_, 1, plan_.conv_run, plan_.pitch, count_, vectors, bounds_of(call_)}, stage_,
+                      winner_stage_);
       rectified = stage_;
     } else {
       sum_run(copy_, offsets_, weight, bounds_of(call_), sums);
@@ -172,9 +181,8 @@ class PixelsForward {
   void sum_run(const C* pixels, const int64_t* offsets, const C* weight, const Bounds<C>& bounds, C* to) const {
     const auto tile = pixel_tiles_f32.at[plan_.vectors == 8 ? 3 : plan_.vectors / 2][count_ - 1];
     for (int64_t k = 0; k < plan_.depth; k += kLongestSum) {
-      tile({plan_.conv_run / (plan_.vectors * kLanes<C>), pixels, offsets + k, smaller(kLongestSum, plan_.depth - k),
-            weight + k * count_, count_, k == 0 ? bias_ : nullptr,
-            k + kLongestSum >= plan_.depth ? bounds : Bounds<C>{}, to, plan_.conv_run});
+      tile({tiles_, pixels, offsets + k, smaller(kLongestSum, plan_.depth - k), weight + k * count_, count_,
+            k == 0 ? bias_ : nullptr, k + kLongestSum >= plan_.depth ? bounds : Bounds<C>{}, to, plan_.conv_run});
     }
   }
 
@@ -214,7 +222,7 @@ class PixelsForward {
   void run_block() {
     start_block();
     ring_.forget();
-    const int64_t images = plan_.band.images, vectors = plan_.pitch / kLanes<C>;
+    const int64_t images = plan_.band.images, vectors = divide_up(band_.columns * images, kLanes<C>);
     for (int64_t r = 0; r < band_.rows; ++r) {
       const int64_t staged = r % plan_.band.stage_rows;
       C* to = stage_ + staged * plan_.pitch;
@@ -317,6 +325,7 @@ class PixelsForward {
   C* bias_;
   int64_t* places_in_row_;  // place_of each of the band's columns
   Band band_;
+  int64_t tiles_;          // of a run of the band's conv pixels
   int64_t first_, count_;  // outputs of the block
   Inside zeroed_ = {-1, -1};
   int64_t zeroed_images_ = 0;

@@ -506,11 +506,11 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   x.in_registers = tile_vectors == 0;
   x.joins_rows = images == 1 && rows_join(g);
   x.vectors = std::max<int64_t>(1, tile_vectors);
+  const int64_t tile_width = p.lanes * x.vectors;
   const auto set_runs = [&](const BandPlan& band) {
     x.residues = std::min(g.stride[2] * g.pool_stride[2], band.input[2]);
-    x.conv_places = x.joins_rows ? (band.rows - 1) * band.input[2] + band.columns
-                                 : band.columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
-    x.conv_run = round_up(x.conv_places * images, p.lanes * x.vectors);
+    x.conv_places = x.places_of(g, band.rows, band.columns, band.input[2]);
+    x.conv_run = round_up(x.conv_places * images, tile_width);
     x.run = divide_up(band.input[2], x.residues) * images;
     x.step[1] = x.residues * x.run;
     x.step[0] = band.input[1] * x.step[1];
@@ -527,16 +527,24 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
     x.ring = {g.pool_extent(0), g.pool_extent(1), used * x.block * x.conv_run};
     if (x.in_registers) x.ring = {0, 0, 0};
   };
-  x.band = choose_band(p, images, [&](const BandPlan& band) {
+  const auto fits = [&](const BandPlan& band) {
     set_runs(band);
     set_ring();
     return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes &&
            x.copy_size * 4 <= tuned::kBandBytes;
-  });
-  if (parts > 1) {
-    x.band.columns = divide_up(g.output[2], std::min(g.output[2], x.band.column_bands * parts));
-    x.band.column_bands = divide_up(g.output[2], x.band.columns);
+  };
+  x.band = choose_band(p, images, fits);
+  const auto cut_columns = [&](int64_t columns) {
+    x.band.columns = columns;
+    x.band.column_bands = divide_up(g.output[2], columns);
     set_extents(g, x.band);
+  };
+  if (parts > 1) cut_columns(divide_up(g.output[2], std::min(g.output[2], x.band.column_bands * parts)));
+  if (x.band.column_bands > 1 && !x.in_registers) {  // all bands but the last shall fill their tiles
+    const BandPlan even = x.band;
+    const int64_t own = x.places_of(g, 1, 0, 0), step = std::max<int64_t>(1, tile_width / images);
+    cut_columns(std::max<int64_t>(1, round_up(even.columns + own, step) - own));
+    if (!fits(x.band)) x.band = even;
   }
   set_runs(x.band);
   set_ring();
@@ -559,11 +567,14 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
       .take(x.block, 4)
       .take(x.band.input[2], 8);
   plan.scratch_size = memory.bytes;
-  const double band_rows = x.joins_rows ? x.band.row_bands : g.conv[1];
-  // The last band costs as much as the others, however few images it has.
+  // The last band of the images costs as much as the others, however few images it has. That of columns has fewer
+  // tiles.
   const double image_bands = static_cast<double>(x.band.image_bands);
-  const double rows = image_bands * g.conv[0] * band_rows * x.band.column_bands;
-  const double row_vectors = x.conv_run / p.lanes * used;
+  const double rows = image_bands * g.conv[0] * (x.joins_rows ? x.band.row_bands : g.conv[1]);
+  const int64_t last_columns = g.output[2] - (x.band.column_bands - 1) * x.band.columns;
+  const int64_t last_places = x.places_of(g, x.band.rows, last_columns, x.band.input[2]);
+  const int64_t runs = (x.band.column_bands - 1) * x.conv_run + round_up(last_places * images, tile_width);
+  const double row_vectors = static_cast<double>(runs / p.lanes * used);
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;

@@ -154,6 +154,12 @@ struct PixelsPlan {
   bool joins_rows;        // no stride and no pooling: a band's rows are computed as one, with the columns between them
   bool in_registers;      // windows do not overlap and are whole: they are pooled in registers, without a ring
   int64_t vectors;        // of a tile: 1, 2, 4 or 8; conv_run is a multiple of this many vectors
+
+  // The conv pixels of a run for so many pooled columns, or for so many rows that are joined, with `pitch` pixels from
+  // one to the next.
+  int64_t places_of(const ConvPoolGeometry& g, int64_t rows, int64_t columns, int64_t pitch) const {
+    return joins_rows ? (rows - 1) * pitch + columns : columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
+  }
 };
 
 // Groups of one channel: channels are in the lanes, and the copy is channels last.

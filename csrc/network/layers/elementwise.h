@@ -73,15 +73,15 @@ class BinaryLayer : public Layer<T> {
     T* const to = call.output(0);
     if (call.site.inputs.size() == 1) {
       combine_with_number(kind_, whole_input(call), number_, reverses_, output.count(), to);
+      if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
     } else {
       const size_t rank = output.sizes.size(), left = reverses_ ? 1 : 0;
       const auto operand = [&](size_t i) {
         return Operand<T>{call.input(i), broadcast_strides(call.site.inputs[i], rank), of_inputs_[i]};
       };
-      combine_arrays(kind_, operand(left), operand(1 - left), to, output.strides(), output.sizes,
+      combine_arrays(kind_, operand(left), operand(1 - left), activation_, to, output.strides(), output.sizes,
                      memory_order(rank, output.channels_last()));
     }
-    if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
   }
 
  private:

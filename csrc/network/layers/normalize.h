@@ -40,9 +40,9 @@ class BatchNormLayer : public Layer<T> {
     const Ints from_strides = input.strides(), to_strides = output.strides();
     const std::vector<size_t> order = memory_order(rank, output.channels_last());
     const Ints& sizes = output.sizes;
-    combine_arrays<T>(BinaryKind::mul, {call.input(0), from_strides}, {scale, each}, to, to_strides, sizes, order);
-    combine_arrays<T>(BinaryKind::add, {to, to_strides}, {shift, each}, to, to_strides, sizes, order);
-    if (activation_.kind != ActivationKind::identity) activate(activation_, to, output.count(), to);
+    combine_arrays<T>(BinaryKind::mul, {call.input(0), from_strides}, {scale, each}, kIdentity, to, to_strides, sizes,
+                      order);
+    combine_arrays<T>(BinaryKind::add, {to, to_strides}, {shift, each}, activation_, to, to_strides, sizes, order);
   }
 
  private:

@@ -131,7 +131,7 @@ Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
   T* const to = mutable_data<T>(result);
   if (a_sizes == b_sizes && same_strides(a, result) && same_strides(b, result)) {
     const auto& kernels = elementwise_kernels().get<T>();
-    parallel_range(count, 1, [&](int64_t first, int64_t last) {
+    parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
       kernels.binary(kind, data<T>(a) + first, 1, data<T>(b) + first, 1, last - first, to + first);
     });
     return result;
@@ -147,7 +147,8 @@ Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
   std::vector<size_t> order(sizes.size());
   for (size_t d = 0; d < order.size(); ++d) order[d] = d;
   std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return to_strides[x] > to_strides[y]; });
-  combine_arrays<T>(kind, {data<T>(a), strides_of(a)}, {data<T>(b), strides_of(b)}, to, to_strides, sizes, order);
+  combine_arrays<T>(kind, {data<T>(a), strides_of(a)}, {data<T>(b), strides_of(b)}, kIdentity, to, to_strides, sizes,
+                    order);
   return result;
 }
 
