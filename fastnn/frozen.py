@@ -18,7 +18,7 @@ from fastnn.fusion import fuse
 from fastnn.graph.exported import VIEWS, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops._autograd import autocast_is_on
-from fastnn.ops.network import network_of_one, network_op, network_packed
+from fastnn.ops.network import network_of_one, network_op, pack_network
 
 _network_call, _network_of_one_call = direct_call(network_op), direct_call(network_of_one)
 _is_compiling = torch.compiler.is_compiling
@@ -363,7 +363,7 @@ class FrozenModel(_Frozen):
         self._pack()
 
     def _pack(self) -> None:
-        packed = network_packed(self.weights, self._program, list(chain.from_iterable(self._sizes)))
+        packed = pack_network(self.weights, self._program, list(chain.from_iterable(self._sizes)))
         self.register_buffer("packed", packed, persistent=False)
         self._arguments = (self.weights, self.packed, self._program)
 

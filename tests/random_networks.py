@@ -528,12 +528,12 @@ def check(seed: int) -> None:
     _C.use_instruction_set(isas[seed % len(isas)])
     try:
         sizes = [size for tensor in inputs for size in tensor.shape]
-        packed = torch.ops.fastnn.network_packed(weights, net.text, sizes)
+        packed = torch.ops.fastnn.pack_network(weights, net.text, sizes)
         with using_threads(1 + seed % 2):
             results = [torch.ops.fastnn.network(inputs, weights, some, net.text) for some in (packed, packed[:0])]
             if parameters:
                 own = [tensor.to(dtype) for tensor in parameters]
-                results.append(torch.ops.fastnn.network_unpacked(inputs, own, text))
+                results.append(torch.ops.fastnn.network_of_parameters(inputs, own, text))
     finally:
         _C.use_instruction_set(before)
     for *found, wanted in zip(*results, expected, strict=True):

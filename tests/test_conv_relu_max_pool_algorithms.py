@@ -186,6 +186,16 @@ class TestSizes:
                         assert_exact(algorithm, given(tensors, dtype, last), arguments)
 
     @of_each_kernel
+    def test_columns_in_bands(self, algorithm: str, instructions: str, dtype: torch.dtype) -> None:
+        """Rows that are cut, about the sizes of a band, so that the last band has few columns or nearly all."""
+        with using_instruction_set(instructions):
+            for columns in (207, 208, 209, 333, 400, 447, 449, 690):
+                for pool in (1, (1, 3)):
+                    tensors, arguments = small_call(algorithm, dtype, 3, 24, 1, 2, columns, pool=pool)
+                    for last in formats(2):
+                        assert_exact(algorithm, given(tensors, dtype, last), arguments)
+
+    @of_each_kernel
     def test_channels(self, algorithm: str, instructions: str, dtype: torch.dtype) -> None:
         with using_instruction_set(instructions):
             for count in SIZES:

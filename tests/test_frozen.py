@@ -579,7 +579,7 @@ def test_input_refused_half_way_changes_nothing(name: str, refused: int) -> None
     parameters = [p.detach() for p in model.parameters()]
     program = fastnn.freeze(model, example)._program
     bad = torch.randn(*example.shape[:2], *(refused for _ in example.shape[2:]))
-    run = torch.ops.fastnn.network_unpacked
+    run = torch.ops.fastnn.network_of_parameters
     # Without the sizes of the input, which would refuse it at once.
     program = re.sub(r"(?<=sizes=)\S+", ",".join([":"] * example.dim()), program, count=1)
     (expected,) = run([example], parameters, program)
@@ -804,13 +804,13 @@ def test_raw_operators_are_safe() -> None:
         with pytest.raises(RuntimeError):
             run(example, weights, packed, text)
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.network_packed(weights, text, [4, 10])
+            torch.ops.fastnn.pack_network(weights, text, [4, 10])
     for bad in (weights[:-1], weights[None], weights.double(), torch.cat([weights, weights[:1]]), weights[::2]):
         with pytest.raises(RuntimeError):
             run(example, bad, packed, program)
     for sizes in ([], [4], [-1, 10], [0, 10], [4, 11], [4, 10, 1], [2**62, 2**62], [2**62, 10]):
         with pytest.raises(RuntimeError):
-            torch.ops.fastnn.network_packed(weights, program, sizes)
+            torch.ops.fastnn.pack_network(weights, program, sizes)
     # Packed weights that do not fit are not used.
     for other in (packed[:0], packed[:100], packed[:-64], torch.zeros_like(packed), torch.full_like(packed, 255)):
         assert_close(run(example, weights, other.contiguous(), program), expected)
@@ -836,10 +836,10 @@ def test_packing_for_sizes_that_no_tensor_has(name: str) -> None:
             hostile = [*sizes[:dim], bad, *sizes[dim + 1 :]]
             if bad == 0 or dim > 0:
                 with pytest.raises(RuntimeError):
-                    torch.ops.fastnn.network_packed(frozen.weights, program, hostile)
+                    torch.ops.fastnn.pack_network(frozen.weights, program, hostile)
             else:  # some are only large
                 with contextlib.suppress(RuntimeError):
-                    torch.ops.fastnn.network_packed(frozen.weights, program, hostile)
+                    torch.ops.fastnn.pack_network(frozen.weights, program, hostile)
     frozen._sizes = [(0, *sizes[1:])]
     with pytest.raises(RuntimeError, match="expected sizes of at least 1"):
         pickle.loads(pickle.dumps(frozen))
@@ -848,7 +848,7 @@ def test_packing_for_sizes_that_no_tensor_has(name: str) -> None:
 def test_unpacked_operator_is_safe() -> None:
     model, example = make("autoencoder")
     program = fastnn.freeze(model, example)._program
-    run, parameters = torch.ops.fastnn.network_unpacked, [p.detach() for p in model.parameters()]
+    run, parameters = torch.ops.fastnn.network_of_parameters, [p.detach() for p in model.parameters()]
     expected = model(example).detach()
     assert_close(run([example], parameters, program)[0], expected)
     with pytest.raises(RuntimeError, match=r"expected weight 0 of size \[8, 10\], got \[10, 8\]"):

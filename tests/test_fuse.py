@@ -159,7 +159,7 @@ def test_a_small_network_is_one_operator() -> None:
     fused = fused_copy(model.eval())
     with torch.no_grad(), torch.profiler.profile() as profile:
         result = fused(image())
-    assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::network_unpacked"]
+    assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::network_of_parameters"]
     assert result.shape == (2, 2)
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"), torch.no_grad():
         fused(torch.randn(2, 3, 20, 20))
@@ -185,7 +185,7 @@ def test_a_small_network_that_flattens_by_view_is_one_operator(view: Callable[[T
         result = fused(x)
     assert_close(result, model(x))
     calls = [e.name for e in profile.events() if e.name.startswith("fastnn::")]
-    assert (calls == ["fastnn::network_unpacked"]) == (view is not VIEWS[-1])
+    assert (calls == ["fastnn::network_of_parameters"]) == (view is not VIEWS[-1])
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])

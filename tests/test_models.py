@@ -172,7 +172,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-AT_ONCE = ["network_unpacked"]
+AT_ONCE = ["network_of_parameters"]
 
 
 def infer(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:

@@ -28,7 +28,7 @@ def run(text: str, inputs: list[Tensor], weights: list[Tensor], packed_for: list
     joined = torch.cat([weight.reshape(-1) for weight in weights] or [torch.empty(0)])
     packed = torch.empty(0, dtype=torch.uint8)
     if packed_for is not None:
-        packed = torch.ops.fastnn.network_packed(joined, text, packed_for)
+        packed = torch.ops.fastnn.pack_network(joined, text, packed_for)
     return list(torch.ops.fastnn.network(inputs, joined, packed, text))
 
 

@@ -131,7 +131,7 @@ def test_is_one_call(name: str) -> None:
     fused.eval()(x)
     with torch.profiler.profile() as profile:
         fused(x)
-    assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::network_unpacked"]
+    assert [e.name for e in profile.events() if e.name.startswith("fastnn::")] == ["fastnn::network_of_parameters"]
     report = fastnn.explain(fused, x)
     assert len(report.inference) == 1
     assert not any(row.why for row in report.left if "decides" in row.why)

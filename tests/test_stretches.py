@@ -660,7 +660,7 @@ def test_norms_in_inference(dims: int, groups: int, bias: bool) -> None:
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand(tensor.shape, dtype=torch.float64) + 0.1)
     found, called = _called(fused, x)
-    assert called == ["fastnn::network_unpacked"]
+    assert called == ["fastnn::network_of_parameters"]
     assert_close(found, stock(x), rtol=1e-9, atol=1e-9)
     for model in (stock, fused):
         model.a_norm.running_var[0], model.d_norm.running_mean[1] = -1.0, torch.inf
@@ -680,7 +680,7 @@ def test_sums_that_broadcast_in_inference() -> None:
     for _ in range(3):
         x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
         found, called = _called(fused, x)
-        assert called == ["fastnn::network_unpacked"]
+        assert called == ["fastnn::network_of_parameters"]
         assert_close(found, stock(x))
 
 
@@ -767,7 +767,7 @@ def test_wrong_inputs_do_not_count_as_refusals() -> None:
         with pytest.raises(RuntimeError):
             fused(torch.randn(6, 5, dtype=torch.float64))
     _, called = _called(fused, torch.randn(6, 4, dtype=torch.float64))
-    assert called == ["fastnn::network_unpacked"]
+    assert called == ["fastnn::network_of_parameters"]
 
 
 class _Computed(nn.Module):
@@ -796,7 +796,7 @@ def test_parameters_that_are_computed(passes: set[int]) -> None:
             for parameter in model.parameters():
                 parameter.data.mul_(1.3)
         found, called = _called(fused, *inputs)
-        assert called == ["fastnn::network_unpacked"]
+        assert called == ["fastnn::network_of_parameters"]
         assert_close(found, stock(*inputs))
     _compare(stock, fused, inputs, 1e-9)
 

@@ -1,5 +1,5 @@
 // fastnn::network runs a whole network in one call, for inference. It takes the network's program, its weights and the
-// packed weights. fastnn::network_unpacked takes the parameters themselves, and packs them at every call.
+// packed weights. fastnn::network_of_parameters takes the parameters themselves, and packs them at every call.
 #include <memory>
 
 #include "../ops/register.h"
@@ -204,9 +204,9 @@ Tensor network_of_one(const Tensor& input, const Tensor& weights, const Tensor& 
 }
 
 // parameters: in the program's order, each as its layer's parameter in torch. They are read anew at every call.
-std::vector<Tensor> network_unpacked(const std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters,
+std::vector<Tensor> network_of_parameters(const std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters,
                                      const std::string& program) {
-  const char* op = "network_unpacked";
+  const char* op = "network_of_parameters";
   FASTNN_CHECK(!inputs.empty() && !parameters.empty(), op, ": expected at least one input and one parameter");
   const Expected kind = check_kind(op, parameters[0], "parameters");
   for (const Tensor& parameter : parameters) {
@@ -221,8 +221,8 @@ std::vector<Tensor> network_unpacked(const std::vector<Tensor>& inputs, const st
 }
 
 // sizes: the sizes of all inputs, one input behind the other. The weights are packed for inputs of these sizes.
-Tensor network_packed(const Tensor& weights, const std::string& program, const Ints& sizes) {
-  const char* op = "network_packed";
+Tensor pack_network(const Tensor& weights, const std::string& program, const Ints& sizes) {
+  const char* op = "pack_network";
   const Expected kind = check_weights(op, weights);
   FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), op,
                ": expected sizes of at least 1, got ", to_string(sizes));
@@ -252,19 +252,19 @@ Tensor network_packed(const Tensor& weights, const std::string& program, const I
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // program: see program.h; fastnn/network_program.py writes it. packed: the result of network_packed. If it does not
+  // program: see program.h; fastnn/network_program.py writes it. packed: the result of pack_network. If it does not
   // fit this machine, dtype or input, the weights are packed again, which costs time and nothing else.
   m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
   m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
-  m.def("network_packed(Tensor weights, str program, int[] sizes) -> Tensor");
-  m.def("network_unpacked(Tensor[] inputs, Tensor[] parameters, str program) -> Tensor[]");
+  m.def("pack_network(Tensor weights, str program, int[] sizes) -> Tensor");
+  m.def("network_of_parameters(Tensor[] inputs, Tensor[] parameters, str program) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("network", FASTNN_BOX(network));
   m.impl("network_of_one", FASTNN_BOX(network_of_one));
-  m.impl("network_packed", FASTNN_BOX(network_packed));
-  m.impl("network_unpacked", FASTNN_BOX(network_unpacked));
+  m.impl("pack_network", FASTNN_BOX(pack_network));
+  m.impl("network_of_parameters", FASTNN_BOX(network_of_parameters));
 }
 
 }  // namespace

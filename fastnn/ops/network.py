@@ -15,9 +15,9 @@ from fastnn.reference.network import Taken, layers_of_rnn, network
 
 network_op = torch.ops.fastnn.network.default
 network_of_one = torch.ops.fastnn.network_of_one.default
-network_packed = torch.ops.fastnn.network_packed.default
-network_unpacked = torch.ops.fastnn.network_unpacked.default
-_unpacked_call = direct_call(network_unpacked)
+pack_network = torch.ops.fastnn.pack_network.default
+network_of_parameters = torch.ops.fastnn.network_of_parameters.default
+_call_of_parameters = direct_call(network_of_parameters)
 
 
 class InferenceNetwork:
@@ -60,14 +60,14 @@ class InferenceNetwork:
         known = self._known.get(key)
         if known is not None:
             text, places = known
-            return _unpacked_call(inputs, [parameters[place] for place in places], text)
+            return _call_of_parameters(inputs, [parameters[place] for place in places], text)
         of_inputs = iter([",".join([":"] * rank) for rank in key[: self.inputs]])
         of_computed = iter([",".join(map(str, shape)) for shape in key[self.inputs :]])
         sizes = [next(of_inputs if is_input else of_computed) for is_input in self._are_inputs]
         for number, (pattern, places) in enumerate(self._texts, start=1):
             text = pattern.format(*sizes)
             try:
-                outputs = _unpacked_call(inputs, [parameters[place] for place in places], text)
+                outputs = _call_of_parameters(inputs, [parameters[place] for place in places], text)
             except RuntimeError:
                 if number == len(self._texts):
                     raise
@@ -117,12 +117,12 @@ def _(input: Tensor, weights: Tensor, packed: Tensor, program: str) -> Tensor:
     return _empty_outputs([input], weights, program)[0]
 
 
-@raw_operator("network_unpacked")
+@raw_operator("network_of_parameters")
 def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> list[Tensor]:
     check_same_device(*inputs, *parameters)
     return _empty_outputs(inputs, parameters, program)
 
 
-@raw_operator("network_packed")
+@raw_operator("pack_network")
 def _(weights: Tensor, program: str, sizes: list[int]) -> Tensor:
     return weights.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
