@@ -205,7 +205,7 @@ Tensor network_of_one(const Tensor& input, const Tensor& weights, const Tensor& 
 
 // parameters: in the program's order, each as its layer's parameter in torch. They are read anew at every call.
 std::vector<Tensor> network_of_parameters(const std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters,
-                                     const std::string& program) {
+                                          const std::string& program) {
   const char* op = "network_of_parameters";
   FASTNN_CHECK(!inputs.empty() && !parameters.empty(), op, ": expected at least one input and one parameter");
   const Expected kind = check_kind(op, parameters[0], "parameters");
