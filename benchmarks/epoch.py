@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="measuring time of a row (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of epoch.json")
     arguments = parser.parse_args()
-    with using_threads(1):  # before other software starts threads of its own, which look for work
+    with using_threads(1):  # This comes first: other software's threads keep the cores busy later.
         scale = threads_scale(5 if arguments.seconds >= 1 else 1)
     print(f"two threads train {scale:.2f} times as much as one")
     rows = []

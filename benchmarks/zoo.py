@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastnn
+from benchmarks.problem import DIRECTIONS
 from benchmarks.stored import OUTPUT, save
 from benchmarks.sweep import TOLERATED
 from benchmarks.timing import interleave
@@ -160,7 +161,7 @@ def as_line(row: dict[str, Any]) -> str:
 
 def as_text(rows: list[dict[str, Any]]) -> str:
     lines = []
-    for direction in ("inference", "training"):
+    for direction in DIRECTIONS:
         for threads in sorted({row["threads"] for row in rows}):
             some = [r["microseconds"] for r in rows if (r["direction"], r["threads"]) == (direction, threads)]
             for contender in CONTENDERS[1:]:
@@ -177,8 +178,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="the models whose name contains this text")
-    both = ["inference", "training"]
-    parser.add_argument("--directions", nargs="+", choices=both, default=both)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, default=0.5, help="measuring time of a row (default: %(default)s)")

@@ -845,7 +845,7 @@ def test_packing_for_sizes_that_no_tensor_has(name: str) -> None:
         pickle.loads(pickle.dumps(frozen))
 
 
-def test_unpacked_operator_is_safe() -> None:
+def test_operator_of_parameters_is_safe() -> None:
     model, example = make("autoencoder")
     program = fastnn.freeze(model, example)._program
     run, parameters = torch.ops.fastnn.network_of_parameters, [p.detach() for p in model.parameters()]

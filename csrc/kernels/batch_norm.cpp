@@ -47,8 +47,8 @@ void add_moments(const T* x, int64_t count, T center, double* sums) {
                   });
 }
 
-// Calls body(function) with the activation as an ActivationFunction. (All other activations would be instances that
-// nobody calls.)
+// Calls body(function) with the activation as an ActivationFunction. It knows only those that batch norm takes over,
+// since each further one would be an instance of every kernel that nobody calls.
 template <class T, class Body>
 FASTNN_INLINE void with_bounds(const Activation& activation, const Body& body) {
   const auto [least, most] = bounds_of<T>(activation);
@@ -59,7 +59,7 @@ FASTNN_INLINE void with_bounds(const Activation& activation, const Body& body) {
   body(ActivationFunction<ActivationKind::identity, T>{});
 }
 
-// The gradient in front of an activation, from that behind it.
+// Returns the gradient of the activation's input, from the gradient of its output.
 template <class T, class Function>
 FASTNN_INLINE Vec<T> gradient_before(const Function& function, const T* gradient, const T* output, int64_t left) {
   const Vec<T> behind = load_up_to<T>(gradient, left);

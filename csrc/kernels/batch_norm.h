@@ -11,13 +11,13 @@
 namespace fastnn {
 
 // All work on `count` elements that lie side by side, such as one channel of one image. Sums over several images are
-// made by one call for each. An activation is the identity, or one that only bounds (only_bounds). A gradient behind it
-// is that of the activation's output; `output` is what `normalize` gave, and is not read for the identity.
+// made by one call for each. An activation is the identity, or one that only bounds (only_bounds). `gradient` is
+// the gradient of the activation's output; `output` is what `normalize` gave, and is not read for the identity.
 template <class T>
 struct BatchNormKernels {
   // Adds to sums[0] the sum of x - center, and to sums[1] the sum of its squares.
   void (*add_moments)(const T* x, int64_t count, T center, double* sums);
-  // With g the gradient in front of the activation: adds to sums[0] the sum of g, and to sums[1] that of
+  // Let g be the gradient of the activation's input. Adds to sums[0] the sum of g, and to sums[1] that of
   // g * (x - center).
   void (*add_products)(const T* gradient, const T* output, const Activation& activation, const T* x, int64_t count,
                        T center, double* sums);

@@ -137,8 +137,8 @@ class Layer {
   virtual void run(const LayerCall<T>& call) const = 0;
   // Whether the output is the input's memory, seen with other sizes. Then `run` is not called.
   virtual bool is_view(const Site<T>&) const { return false; }
-  // If an output is a part of the first input, with the input's strides: how many elements lie between the beginnings
-  // of both. Else -1.
+  // If an output is a part of the first input and has the input's strides, returns how many elements of the input lie
+  // before the output. Otherwise returns -1.
   virtual int64_t offset_in_input(const Site<T>&, size_t) const { return -1; }
   // Whether the layer reads its inputs by their strides, so that they may be parts of other values.
   virtual bool reads_parts() const { return false; }

@@ -244,8 +244,8 @@ class Plan {
     }
   }
 
-  // A part of a value is read where it lies, if all layers that take the part can do that. Then nothing is computed for
-  // the part.
+  // A part of a value is read where it lies, if all layers that take the part can do that. Then the layer that cuts the
+  // part out does not run.
 
   std::vector<int64_t> offset_in_whole_;  // of each value; 0 unless it is such a part
 

@@ -55,8 +55,8 @@ class PixelsForward {
   void run(int64_t first_item, int64_t last_item) {
     for (int64_t item = first_item; item < last_item; ++item) {
       band_ = band_of(g_, plan_.band, 1, item);
-      const int64_t places = plan_.places_of(g_, band_.rows, band_.columns, plan_.band.input[2]);
-      tiles_ = divide_up(places * plan_.band.images, plan_.vectors * kLanes<C>);
+      const int64_t pixels = plan_.pixels_of_run(g_, plan_.band, band_.rows, band_.columns);
+      tiles_ = divide_up(pixels * plan_.band.images, plan_.vectors * kLanes<C>);
       copy_band();
       for (int64_t b = 0; b < plan_.blocks; ++b) {
         first_ = g_.out_channels * b / plan_.blocks;
@@ -260,13 +260,13 @@ class PixelsForward {
       // Conv column conv[2] + residue + stride * place does not exist before `first` and from `last` on: there the
       // maximum must not be taken, so that minus infinity is written.
       const int64_t start = band_.conv[2] + residue;
-      const int64_t first = start < 0 ? smaller(plan_.conv_places, divide_up(-start, stride)) : 0;
+      const int64_t first = start < 0 ? smaller(plan_.conv_pixels, divide_up(-start, stride)) : 0;
       const int64_t room = g_.conv[2] - start;
-      const int64_t last = room <= 0 ? first : larger(first, smaller(plan_.conv_places, divide_up(room, stride)));
-      if (first == 0 && last == plan_.conv_places) continue;
+      const int64_t last = room <= 0 ? first : larger(first, smaller(plan_.conv_pixels, divide_up(room, stride)));
+      if (first == 0 && last == plan_.conv_pixels) continue;
       for (int64_t o = 0; o < count_; ++o) {
         fill(to + o * plan_.conv_run, first * images, kMinusInfinity<C>);
-        fill(to + o * plan_.conv_run + last * images, (plan_.conv_places - last) * images, kMinusInfinity<C>);
+        fill(to + o * plan_.conv_run + last * images, (plan_.conv_pixels - last) * images, kMinusInfinity<C>);
       }
     }
   }

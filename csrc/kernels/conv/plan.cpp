@@ -509,8 +509,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const int64_t tile_width = p.lanes * x.vectors;
   const auto set_runs = [&](const BandPlan& band) {
     x.residues = std::min(g.stride[2] * g.pool_stride[2], band.input[2]);
-    x.conv_places = x.places_of(g, band.rows, band.columns, band.input[2]);
-    x.conv_run = round_up(x.conv_places * images, tile_width);
+    x.conv_pixels = x.pixels_of_run(g, band, band.rows, band.columns);
+    x.conv_run = round_up(x.conv_pixels * images, tile_width);
     x.run = divide_up(band.input[2], x.residues) * images;
     x.step[1] = x.residues * x.run;
     x.step[0] = band.input[1] * x.step[1];
@@ -540,10 +540,12 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
     set_extents(g, x.band);
   };
   if (parts > 1) cut_columns(divide_up(g.output[2], std::min(g.output[2], x.band.column_bands * parts)));
-  if (x.band.column_bands > 1 && !x.in_registers) {  // all bands but the last shall fill their tiles
+  // Bands get so many columns that all but the last fill their tiles, since a tile costs the same however many of its
+  // pixels are used.
+  if (x.band.column_bands > 1 && !x.in_registers) {
     const BandPlan even = x.band;
-    const int64_t own = x.places_of(g, 1, 0, 0), step = std::max<int64_t>(1, tile_width / images);
-    cut_columns(std::max<int64_t>(1, round_up(even.columns + own, step) - own));
+    const int64_t beyond = x.pixels_of_run(g, even, 1, 0), step = std::max<int64_t>(1, tile_width / images);
+    cut_columns(std::max<int64_t>(1, round_up(even.columns + beyond, step) - beyond));
     if (!fits(x.band)) x.band = even;
   }
   set_runs(x.band);
@@ -572,9 +574,9 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
   const double image_bands = static_cast<double>(x.band.image_bands);
   const double rows = image_bands * g.conv[0] * (x.joins_rows ? x.band.row_bands : g.conv[1]);
   const int64_t last_columns = g.output[2] - (x.band.column_bands - 1) * x.band.columns;
-  const int64_t last_places = x.places_of(g, x.band.rows, last_columns, x.band.input[2]);
-  const int64_t runs = (x.band.column_bands - 1) * x.conv_run + round_up(last_places * images, tile_width);
-  const double row_vectors = static_cast<double>(runs / p.lanes * used);
+  const int64_t last_pixels = x.pixels_of_run(g, x.band, x.band.rows, last_columns);
+  const int64_t all_runs = (x.band.column_bands - 1) * x.conv_run + round_up(last_pixels * images, tile_width);
+  const double row_vectors = static_cast<double>(all_runs / p.lanes * used);
   const double together = x.in_registers ? 2 : static_cast<double>(x.vectors), outputs = static_cast<double>(x.block);
   // Loads of vectors mostly cross lines, and then count twice.
   const double tile = std::max({outputs * together, outputs + 2 * together + 1, tuned::kInFlight}) / together;

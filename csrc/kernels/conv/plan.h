@@ -145,7 +145,7 @@ struct PixelsPlan {
   int64_t residues;               // conv stride x pool stride, or the columns of a band
   int64_t run;                    // elements of a run of columns, of all images
   int64_t conv_run;               // elements of a run of conv pixels, of all images
-  int64_t conv_places;            // conv pixels of a run
+  int64_t conv_pixels;            // of a run, of one image
   int64_t pitch;                  // elements of a row of pooled pixels
   int64_t channel_step, step[2];  // of the copy, elements
   int64_t copy_size;
@@ -155,10 +155,9 @@ struct PixelsPlan {
   bool in_registers;      // windows do not overlap and are whole: they are pooled in registers, without a ring
   int64_t vectors;        // of a tile: 1, 2, 4 or 8; conv_run is a multiple of this many vectors
 
-  // The conv pixels of a run for so many pooled columns, or for so many rows that are joined, with `pitch` pixels from
-  // one to the next.
-  int64_t places_of(const ConvPoolGeometry& g, int64_t rows, int64_t columns, int64_t pitch) const {
-    return joins_rows ? (rows - 1) * pitch + columns : columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
+  // The conv pixels of a run, of one image, where a band like `like` has so many pooled rows and columns.
+  int64_t pixels_of_run(const ConvPoolGeometry& g, const BandPlan& like, int64_t rows, int64_t columns) const {
+    return joins_rows ? (rows - 1) * like.input[2] + columns : columns + (g.pool_extent(2) - 1) / g.pool_stride[2];
   }
 };
 

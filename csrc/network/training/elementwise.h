@@ -6,7 +6,8 @@
 
 namespace fastnn {
 
-// The activation of a tensor, and the tensor as the result lies: the given one, or a copy.
+// Returns the activated tensor, and what it was computed from: the given tensor, or a copy that has the result's
+// strides.
 template <class T>
 std::array<Tensor, 2> activated(const Activation& activation, const Tensor& given) {
   Tensor output = new_like<T>(given);
