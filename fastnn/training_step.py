@@ -100,7 +100,6 @@ class TrainingStep:
         self._binding: Binding | None = None
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
-        self._retries = False  # whether this repeats a step that one call did not take
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
@@ -160,61 +159,80 @@ class TrainingStep:
         """Makes a step; where several processes train, it computes the gradients only."""
         if self.keep_gradients:
             self._used.drop(self._optimizer)
-        self._last_why = self._why_not_due(input, target)
-        if self._last_why or not self._is_bound():
+        self._last_why = self._reason_for_ordinary(input, target)
+        if self._last_why or not self._bind():
             return self._ordinary(input, target)
         inputs = self._inputs(input)
         dims = tuple([one.dim() for one in inputs])
         if self._refused.get(dims, 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return self._ordinary(input, target)
+        reading = self._reading
+        assert reading is not None
+        one_call_would_do = not reading.loss_why and (reading.network.log_softmax != -1 or target.dim() == 1)
+        if one_call_would_do:
+            loss = self._step_in_one_call(inputs, target)
+            if loss is not None:
+                return loss
+            if not self._bind():
+                return self._ordinary(input, target)
+        loss = self._step_in_two_calls(inputs, target)
+        if loss is None:
+            loss = self._ordinary(input, target)
+            if self._reading is not None:  # the model takes the input, the operators do not
+                self._refused[dims] = self._refused.get(dims, 0) + 1
+        elif one_call_would_do:
+            reading.loss_why = "its target is none that the operator takes"
+        return loss
+
+    def _step_in_one_call(self, inputs: Sequence[Tensor], target: Tensor) -> Tensor | None:
+        """Makes a step with the operator's own loss -> the loss. None where the operator refuses something. That may be
+        the target: then the caller's own loss takes it, or raises an error of its own."""
         reading, binding = self._reading, self._binding
         assert reading is not None
         assert binding is not None
-        network = reading.network
-        at_once = not reading.loss_why and (network.log_softmax != -1 or target.dim() == 1)
-        random = torch.get_rng_state() if at_once and network.draws else None
+        random = torch.get_rng_state() if reading.network.draws else None
         try:
-            if at_once:
-                loss, gradients = in_one_call(reading, binding, inputs, target)
-            else:
-                loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
+            loss, gradients = in_one_call(reading, binding, inputs, target)
+        except RuntimeError:
+            self._undo()
+            if random is not None:
+                torch.set_rng_state(random)
+            return None
+        except BaseException:
+            self._undo()
+            raise
+        self._finish(binding, gradients)
+        return loss
+
+    def _step_in_two_calls(self, inputs: Sequence[Tensor], target: Any) -> Tensor | None:
+        """Makes a step with the caller's own loss -> the loss. None where it has to go the ordinary way; the reading
+        is None too where all steps have to."""
+        reading, binding = self._reading, self._binding
+        assert reading is not None
+        assert binding is not None
+        try:
+            loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
         except OtherLeavesError:
             self._undo()
-            self._reading = None
-            self._why = "the loss uses parameters by itself"
-            return self._ordinary(input, target)
+            self._reading, self._why = None, "the loss uses parameters by itself"
+            return None
         except RefusedError as error:
             self._undo()
             self._last_why = str(error.__cause__).partition("\n")[0]
-            loss = self._ordinary(input, target)
-            self._refused[dims] = self._refused.get(dims, 0) + 1  # the model takes the input, the operators do not
-            return loss
-        except BaseException as error:
-            self._undo()
-            if not (at_once and isinstance(error, RuntimeError)) or self._retries:
-                raise
-        else:
-            if self._ranks is None:
-                self._after(binding, binding.trained(gradients) if gradients else ())
-            else:
-                self._is_in_flat = True
-            return loss
-        # The operator has refused something. Perhaps it was the target: the step is made again with the caller's own
-        # loss, which takes it or raises its own error. Whatever else was refused, the ordinary way may take.
-        if random is not None:
-            torch.set_rng_state(random)
-        reading.loss_why, self._retries = _OTHER_TARGET, True
-        try:
-            loss = self._step(input, target)
+            return None
         except BaseException:
-            reading.loss_why = ""
+            self._undo()
             raise
-        finally:
-            self._retries = False
-        if self._binding is None:  # the step went the ordinary way
-            reading.loss_why = ""
+        self._finish(binding, gradients)
         return loss
+
+    def _finish(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
+        """Ends a step that operators have made. Of several processes, the update is still to come."""
+        if self._ranks is None:
+            self._after_update(binding, binding.trained(gradients) if gradients else ())
+        else:
+            self._is_in_flat = True
 
     def accumulate(self, input: Any, target: Any) -> Tensor:
         """Add a batch's gradient to what is in ``p.grad``, without an update -> the batch's loss.
@@ -336,7 +354,7 @@ class TrainingStep:
             return None
         if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
             return None
-        if self._why_not_due(inputs[0] if self._count == 1 else tuple(inputs), target) or not self._is_bound():
+        if self._reason_for_ordinary(inputs[0] if self._count == 1 else tuple(inputs), target) or not self._bind():
             return None
         reading, binding = self._reading, self._binding
         assert reading is not None
@@ -350,7 +368,7 @@ class TrainingStep:
             if random is not None:
                 torch.set_rng_state(random)
             return None
-        self._after(binding, ())
+        self._after_update(binding, ())
         return losses
 
     def _inputs(self, input: Any) -> Sequence[Tensor]:
@@ -390,8 +408,9 @@ class TrainingStep:
             self._binding.undo()
         self._forget()
 
-    def _why_not_due(self, input: Any, target: Any) -> str:
-        """The reason why the operators do not take this call, or an empty text where they do."""
+    def _reason_for_ordinary(self, input: Any, target: Any) -> str:
+        """The reason why a step has to go the ordinary way, or an empty text where it does not. Reads model and loss
+        anew where they are no longer what was read."""
         if self._is_unread_copy:
             self._read()
         reading = self._reading
@@ -423,9 +442,10 @@ class TrainingStep:
             return "its input was empty"
         return ""
 
-    def _is_bound(self) -> bool:
-        """Binds what the model and the optimizer have now, and returns True. False where the model has lost a
-        parameter, `p.grad` has gradients that count, or the optimizer has what the operators do not take."""
+    def _bind(self) -> bool:
+        """Binds what the model and the optimizer have now, where the last binding no longer holds -> whether they could
+        be bound: not where the model has lost a parameter, `p.grad` has gradients that count, or the optimizer has what
+        the operators do not take."""
         reading, binding, optimizer = self._reading, self._binding, self._optimizer
         assert reading is not None
         holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
@@ -446,7 +466,7 @@ class TrainingStep:
             tensors = reading.tensors()
             if binding is not None and list(map(id, tensors)) != list(map(id, binding.tensors)):
                 self._read(anew=True)  # they may be of other sizes
-                return self._reading is not None and self._is_bound()
+                return self._reading is not None and self._bind()
             check_optimizer(optimizer)
             check_parameters(reading.of_program(tensors), optimizer)
             self._forget()
@@ -459,7 +479,7 @@ class TrainingStep:
             return False
         return True
 
-    def _after(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
+    def _after_update(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)
         if self.keep_gradients:
             for p, gradient in zip(binding.trained(), gradients, strict=True):
@@ -527,7 +547,7 @@ class TrainingStep:
             flat.give()
             self._update_by_optimizer()
             return loss
-        self._after(binding, update_in_one_call(binding, flat.of_program))
+        self._after_update(binding, update_in_one_call(binding, flat.of_program))
         return loss
 
     def _share_buffers(self, ranks: Ranks, before_step: bool) -> None:
@@ -598,7 +618,6 @@ def training_step(
 
 
 _MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
-_OTHER_TARGET = "its target is none that the operator takes"
 
 
 def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
