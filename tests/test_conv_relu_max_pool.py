@@ -195,6 +195,8 @@ class TestThreads:
             ((4, 3, 40, 44), 40, (3, 3), geometry(2, padding=1)),
             ((1, 16, 30, 30), 64, (3, 3), geometry(2, pool=3, pool_stride=2, pool_padding=1)),
             ((2, 64, 30, 30), 64, (3, 3), geometry(2, padding=1)),
+            ((3, 64, 31, 15), 96, (3, 3), geometry(2, padding=1, pool=3, pool_stride=3)),
+            ((2, 160, 7, 9), 192, (3, 3), geometry(2, padding=1)),
             ((90, 3, 20, 20), 10, (5, 5), geometry(2, stride=2, padding=2)),
             ((1, 200, 7, 7), 100, (3, 3), geometry(2)),
             ((3, 8, 900), 16, (5,), geometry(1, pool=4)),

@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kLargest = int64_t{1} << 31;
 
 // ---- checks, with PyTorch's text where PyTorch has one ------------------------------------------------------
-// -------------------------------------------------------------
 
 bool all_at_least(const Sizes& values, int64_t least) {
   return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v >= least; });
@@ -115,15 +114,7 @@ void check_channels(const Sizes& input, const Sizes& weight, int64_t groups) {
 
 // ---- geometry -----------------------------------------------------------------------------------------------
 
-int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
-  const int64_t room = conv + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
-  const int64_t floored = room >= 0 ? room / stride : -((stride - 1 - room) / stride);
-  // With ceil_mode the last window must still begin inside the input or its left padding.
-  return ceil_mode && floored * stride >= conv + padding ? floored : floored + 1;
-}
-
-// geometry: stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation, one per
-// dimension each, then groups and ceil_mode
+// What flat_geometry has made a list of.
 ConvPoolArguments arguments_of(const char* op, const Ints& geometry, int64_t dims) {
   FASTNN_CHECK(static_cast<int64_t>(geometry.size()) == 7 * dims + 2, op, ": expected geometry to have ", 7 * dims + 2,
                " values, seven a dimension and two, but got ", geometry.size());
@@ -218,6 +209,24 @@ void check_products(const char* op, const ConvPoolGeometry& g) {
 }
 
 }  // namespace
+
+Ints flat_geometry(const ConvPoolArguments& a) {
+  Ints flat;
+  for (const Sizes& numbers : {a.stride, a.padding, a.dilation, a.pool_kernel_size, a.pool_stride, a.pool_padding,
+                               a.pool_dilation}) {
+    flat.insert(flat.end(), numbers.begin(), numbers.end());
+  }
+  flat.push_back(a.groups);
+  flat.push_back(a.ceil_mode);
+  return flat;
+}
+
+int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+  const int64_t room = conv + 2 * padding - dilation * (kernel - 1) - 1 + (ceil_mode ? stride - 1 : 0);
+  const int64_t floored = room >= 0 ? room / stride : -((stride - 1 - room) / stride);
+  // With ceil_mode the last window must still begin inside the input or its left padding.
+  return ceil_mode && floored * stride >= conv + padding ? floored : floored + 1;
+}
 
 ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Ints& geometry) {

@@ -8,13 +8,16 @@
 
 namespace fastnn {
 
-// Views of the operators' argument `geometry`, which must outlive them. It is one list because the dispatcher takes
-// 0.5 us for each list.
+// Views of numbers that must outlive them. The operators take all of them in one list, `geometry`, because the
+// dispatcher takes 0.5 us for each list.
 struct ConvPoolArguments {
   Sizes stride, padding, dilation, pool_kernel_size, pool_stride, pool_padding, pool_dilation;  // [dimensions]
   int64_t groups;
   bool ceil_mode;
 };
+
+// The operators' argument `geometry`: the lists one after another, then groups and ceil_mode.
+Ints flat_geometry(const ConvPoolArguments& arguments);
 
 // How a convolution differs at the end of each dimension from one of torch's. Empty lists mean: not at all.
 struct ConvEnds {
@@ -36,6 +39,9 @@ ConvPoolProblem check_problem(const char* op, const Tensor& input, const Tensor&
 // The same for an input and a weight of which only the sizes are known.
 ConvPoolProblem problem_of(const Expected& kind, const Sizes& input, const Sizes& weight, const Ints& geometry,
                            const ConvEnds& ends = {});
+
+// How many windows of a pool fit in one dimension of `conv` pixels. Not above 0: none does.
+int64_t pooled_size(int64_t conv, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode);
 
 // ---- memory formats -----------------------------------------------------------------------------------------
 

@@ -69,11 +69,21 @@ double times_computed(const ConvPoolGeometry& g, const BandPlan& band) {
          times_computed(g, 2, divide_up(g.output[2], band.columns));
 }
 
+int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
+  return band.image_bands * g.groups * g.output[0] * band.row_bands * band.column_bands;
+}
+
+// The rows of the input that are read by the thread which has most bands: a measure of the time of all threads.
+double longest_share(const Planner& p, const BandPlan& band) {
+  return static_cast<double>(divide_up(bands_of(p.g, band), p.request.threads) * band.input[1]);
+}
+
 // Chooses a band of `images` images: as many columns of a row as `fits` admits, then as many such rows. It takes fewer
-// columns and more rows where windows would need more conv rows than the band has, and more bands where threads would
-// be idle.
-template <class Fits>
-BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
+// columns and more rows where windows would need more conv rows than the band has, and so many fewer rows that
+// `time(band)`, the time of several threads, is least. If there are several bands of rows, each of them has a multiple
+// of `unit` rows.
+template <class Fits, class Time>
+BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits, const Time& time, int64_t unit = 1) {
   const ConvPoolGeometry& g = p.g;
   BandPlan band{};
   band.images = images;
@@ -110,31 +120,42 @@ BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits) {
     if (height * g.pool_stride[1] >= g.pool_extent(1)) break;
   }
   band.image_bands = divide_up(g.batch, images);
-  const int64_t others = band.image_bands * g.groups * g.output[0] * divide_up(g.output[2], columns);
-  int64_t row_bands = divide_up(g.output[1], rows);
-  if (p.request.threads > 1 && others * row_bands < tuned::kEvenItems * p.request.threads) {
-    row_bands = std::min(g.output[1], std::max(row_bands, divide_up(tuned::kEvenItems * p.request.threads, others)));
-  }
-  band.rows = divide_up(g.output[1], row_bands);
-  band.row_bands = divide_up(g.output[1], band.rows);
-  band.column_bands = divide_up(g.output[2], columns);
-  band.columns = divide_up(g.output[2], band.column_bands);
+  band.columns = divide_up(g.output[2], divide_up(g.output[2], columns));
   band.column_bands = divide_up(g.output[2], band.columns);
+  const auto set_rows = [&](int64_t most) {  // the bands get as many rows as each other
+    band.rows = divide_up(g.output[1], divide_up(g.output[1], most));
+    if (band.rows < g.output[1]) band.rows = round_up(band.rows, unit);
+    band.row_bands = divide_up(g.output[1], band.rows);
+    set_extents(g, band);
+    return time(band);
+  };
+  int64_t best = rows;
+  if (p.request.threads > 1) {
+    double least = set_rows(rows);
+    for (int64_t n = rows - 1; n > 0; --n) {
+      if (const double one = set_rows(n); one < least) {
+        least = one;
+        best = n;
+      }
+    }
+  }
+  set_rows(best);
   band.stage_rows = band.rows;
-  set_extents(g, band);
   return band;
 }
 
 // The same where output channels are in the lanes: rows that wait to be pooled stay in L2, segments of conv pixels in
 // L1. `waits` is the number of conv rows in the ring, or 0 where a segment has all columns. The number of a segment's
 // columns is a multiple of `tile` too.
-template <class Fits>
-BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits, int64_t tile = 2) {
+template <class Fits, class Time>
+BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits, const Time& time, int64_t tile = 2,
+                             int64_t unit = 1) {
   const ConvPoolGeometry& g = p.g;
   const int64_t pixel = p.block * p.compute_bytes;
-  BandPlan band = choose_band(p, 1, [&](const BandPlan& candidate) {
+  const auto fits_stage = [&](const BandPlan& candidate) {
     return candidate.rows * candidate.columns * pixel <= tuned::kStageBytes && fits(candidate);
-  });
+  };
+  BandPlan band = choose_band(p, 1, fits_stage, time, unit);
   band.segment = band.columns;
   if (waits == 0) return band;
   const int64_t pixels = tuned::kRingBytes / (waits * pixel);  // of a conv row
@@ -145,13 +166,14 @@ BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits, 
   return band;
 }
 
+template <class Fits>
+BandPlan choose_channel_band(const Planner& p, int64_t waits, const Fits& fits) {
+  return choose_channel_band(p, waits, fits, [&](const BandPlan& band) { return longest_share(p, band); });
+}
+
 // Conv pixels of a row of a segment, those for its last windows included.
 int64_t segment_conv(const ConvPoolGeometry& g, const BandPlan& band) {
   return (band.segment - 1) * g.pool_stride[2] + g.pool_extent(2);
-}
-
-int64_t bands_of(const ConvPoolGeometry& g, const BandPlan& band) {
-  return band.image_bands * g.groups * g.output[0] * band.row_bands * band.column_bands;
 }
 
 // Parts of the output channels' blocks, where there are fewer bands than threads.
@@ -424,26 +446,37 @@ ConvPlan plan_winograd(const Planner& p) {
   const auto fits = [&](const BandPlan& band) {
     return slice_tiles(band) * band.conv[0] <= 2 * tuned::kLeastTiles || tile_bytes(band) <= tuned::kTransformedBytes;
   };
-  w.band = choose_channel_band(p, g.pool_extent(0) * ring_rows, fits, tile);
-  // Every band begins with the same row of a tile. The number of bands depends on the number of threads, and sums must
+  const int64_t blocks = divide_up(g.out_channels, p.block);
+  // Each part of the output channels transforms the band's tiles again, and each band reads its weight again.
+  const auto time = [&](const BandPlan& band) {
+    const int64_t bands = bands_of(g, band), parts = block_parts(p, bands, blocks);
+    const int64_t in_tiles = band.images * slice_tiles(band) * band.input[0];
+    const int64_t tiles = band.images * slice_tiles(band) * band.conv[0];
+    const int64_t outputs = std::min(g.out_channels, divide_up(blocks, parts) * p.block);
+    const double read = tuned::kReadWeight * divide_up(outputs, p.lanes);
+    const double transform =
+        tuned::kWinogradMove * (in_tiles * divide_up(g.in_channels, p.lanes) + tiles * divide_up(outputs, p.lanes));
+    const double products = g.in_channels * g.kernel[0] * (channel_tiles(p, tiles, outputs) + read);
+    return divide_up(bands * parts, p.request.threads) * (transform + products);
+  };
+  // Every band begins with the same row of a tile: the number of bands depends on the number of threads, and sums must
   // not depend on it.
-  if (w.band.row_bands > 1) {
-    while (w.band.rows * g.pool_stride[1] % tile != 0) ++w.band.rows;
-    w.band.stage_rows = w.band.rows;
-    w.band.row_bands = divide_up(g.output[1], w.band.rows);
-    set_extents(g, w.band);
-  }
+  const int64_t unit = tile / std::gcd(tile, g.pool_stride[1]);
+  w.band = choose_channel_band(p, g.pool_extent(0) * ring_rows, fits, time, tile, unit);
   if (w.band.row_bands == 1 && w.band.column_bands == 1) {  // small images: some together, for each use of the weight
     const int64_t most =
         std::max({int64_t{1}, tuned::kTransformedBytes / tile_bytes(w.band), tuned::kLeastTiles / slice_tiles(w.band)});
-    const int64_t even = std::max<int64_t>(1, g.batch * g.groups / p.request.threads);
-    w.band.images = std::min({most, even, g.batch});
-    w.band.image_bands = divide_up(g.batch, w.band.images);
+    BandPlan some = w.band;
+    for (int64_t images = 2; images <= std::min(most, g.batch); ++images) {
+      some.images = images;
+      some.image_bands = divide_up(g.batch, images);
+      if (time(some) < time(w.band)) w.band = some;
+    }
   }
   w.tile_rows = divide_up(w.band.conv[1], tile);
   w.tile_columns = divide_up(w.band.conv[2], tile);
   w.ring = {g.pool_extent(0), ring_rows, segment_conv(g, w.band) * p.block};
-  const int64_t blocks = divide_up(g.out_channels, p.block), bands = bands_of(g, w.band);
+  const int64_t bands = bands_of(g, w.band);
   w.block_parts = block_parts(p, bands, blocks);
   plan.items = bands * w.block_parts;
   plan.pack_items = g.groups * blocks;
@@ -533,7 +566,7 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
     return x.ring.slices * x.ring.rows * x.ring.row_size * 4 <= tuned::kRingBytes &&
            x.copy_size * 4 <= tuned::kBandBytes;
   };
-  x.band = choose_band(p, images, fits);
+  x.band = choose_band(p, images, fits, [&](const BandPlan& band) { return longest_share(p, band); });
   const auto cut_columns = [&](int64_t columns) {
     x.band.columns = columns;
     x.band.column_bands = divide_up(g.output[2], columns);

@@ -30,25 +30,19 @@ class ConvLayer : public Layer<T> {
     weight_sizes_ = weight.sizes;
     bias_ = weights.of(line, "bias", Ints{weight.sizes[0]});
     const size_t dims = weight_sizes_.size() - 2;
-    const auto add = [&](const char* name, int64_t least) {
-      for (const int64_t number : line.integers(name, least, kMostSize, dims)) geometry_.push_back(number);
-    };
-    add("stride", 1);
-    add("padding", 0);
-    add("dilation", 1);
-    add("pool", 1);
-    add(line.text("pool_stride").empty() ? "pool" : "pool_stride", 1);
-    add("pool_padding", 0);
-    add("pool_dilation", 1);
-    geometry_.push_back(line.integer("groups", 1, kMostSize));
-    geometry_.push_back(line.flag("ceil_mode"));
+    const auto numbers = [&](const char* name, int64_t least) { return line.integers(name, least, kMostSize, dims); };
+    const Ints pool = numbers("pool", 1);
+    const Ints pool_stride = line.text("pool_stride").empty() ? pool : numbers("pool_stride", 1);
+    geometry_ = flat_geometry({numbers("stride", 1), numbers("padding", 0), numbers("dilation", 1), pool, pool_stride,
+                               numbers("pool_padding", 0), numbers("pool_dilation", 1),
+                               line.integer("groups", 1, kMostSize), line.flag("ceil_mode")});
     const auto at_ends = [&](const char* name) {
       return line.text(name).empty() ? Ints{} : line.integers(name, 0, kMostSize, dims);
     };
     ends_ = {at_ends("padding_end"), at_ends("crop")};
     const bool plain = activation_.kind == ActivationKind::relu || activation_.kind == ActivationKind::identity;
     bool pools = false;
-    for (size_t d = 0; d < dims; ++d) pools = pools || geometry_[3 * dims + d] > 1 || geometry_[4 * dims + d] > 1;
+    for (size_t d = 0; d < dims; ++d) pools = pools || pool[d] > 1 || pool_stride[d] > 1;
     if (pools && (!plain || line.has("addend"))) line.refuse("no pool can follow its addend or activation");
   }
 

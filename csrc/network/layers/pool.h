@@ -89,18 +89,12 @@ class PoolLayer : public Layer<T> {
   ConvPoolProblem problem(const Ints& input) const {
     const size_t dims = kernel_.size();
     const Ints ones(dims, 1), zeros(dims, 0);
-    Ints weight{input[1], 1}, geometry;
-    weight.insert(weight.end(), averages ? kernel_.begin() : ones.begin(), averages ? kernel_.end() : ones.end());
-    const auto add = [&](const Ints& numbers) { geometry.insert(geometry.end(), numbers.begin(), numbers.end()); };
-    add(averages ? stride_ : ones);
-    add(averages ? padding_ : zeros);
-    add(ones);
-    add(averages ? ones : kernel_);
-    add(averages ? ones : stride_);
-    add(averages ? zeros : padding_);
-    add(averages ? ones : dilation_);
-    geometry.push_back(input[1]);
-    geometry.push_back(ceil_mode_);
+    Ints weight{input[1], 1};
+    const Ints& kernel = averages ? kernel_ : ones;
+    weight.insert(weight.end(), kernel.begin(), kernel.end());
+    const Ints geometry =
+        averages ? flat_geometry({stride_, padding_, ones, ones, ones, zeros, ones, input[1], ceil_mode_})
+                 : flat_geometry({ones, zeros, ones, kernel_, stride_, padding_, dilation_, input[1], ceil_mode_});
     return problem_of({kDtypeOf<T>, 0, "network"}, input, weight, geometry);
   }
 

@@ -33,19 +33,13 @@ struct TrainingPool {
     const auto is_one = [](int64_t number) { return number == 1; };
     return !std::all_of(size.begin(), size.end(), is_one) || !std::all_of(stride.begin(), stride.end(), is_one);
   }
-  // The geometry of fastnn::conv_relu_max_pool for a convolution with this pool: see ops/conv_problem.h.
+  // The geometry of fastnn::conv_relu_max_pool for a convolution with this pool.
   Ints geometry(const StockConvolution& c) const {
     const size_t dims = c.stride.size();
-    Ints result;
-    const auto add = [&](const Ints& numbers) { result.insert(result.end(), numbers.begin(), numbers.end()); };
-    for (const Ints* const numbers : {&c.stride, &c.padding, &c.dilation}) add(*numbers);
-    add(of_each(size, dims, "pool"));
-    add(of_each(stride.empty() ? size : stride, dims, "pool_stride"));
-    add(of_each(padding, dims, "pool_padding"));
-    add(of_each(dilation, dims, "pool_dilation"));
-    result.push_back(c.groups);
-    result.push_back(ceil_mode);
-    return result;
+    return flat_geometry({c.stride, c.padding, c.dilation, of_each(size, dims, "pool"),
+                          of_each(stride.empty() ? size : stride, dims, "pool_stride"),
+                          of_each(padding, dims, "pool_padding"), of_each(dilation, dims, "pool_dilation"), c.groups,
+                          ceil_mode});
   }
 };
 

@@ -201,11 +201,10 @@ class PoolTraining : public UnaryTraining<T> {
     const Ints sizes = sizes_of(this->input());
     for (size_t d = 0; d < 2; ++d) {
       const bool is_there = d > 0 || !flat_;
-      const int64_t size = is_there ? sizes[sizes.size() - 2 + d] : 1, room = size + 2 * padding_[d] - kernel_[d];
-      int64_t count = (room + (ceil_mode_ ? stride_[d] - 1 : 0)) / stride_[d] + 1;
-      if (ceil_mode_ && (count - 1) * stride_[d] >= size + padding_[d]) --count;  // it would be all padding
-      FASTNN_CHECK(size > 0 && room + (ceil_mode_ ? stride_[d] - 1 : 0) >= 0 && count > 0, kTrainingStep,
-                   ": a pool's output would be too small for an input of size ", to_string(sizes));
+      const int64_t size = is_there ? sizes[sizes.size() - 2 + d] : 1;
+      const int64_t count = pooled_size(size, kernel_[d], stride_[d], padding_[d], 1, ceil_mode_);
+      FASTNN_CHECK(size > 0 && count > 0, kTrainingStep, ": a pool's output would be too small for an input of size ",
+                   to_string(sizes));
       pool_.input[d] = size;
       pool_.output[d] = count;
       pool_.kernel[d] = kernel_[d];
