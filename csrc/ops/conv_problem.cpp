@@ -212,8 +212,8 @@ void check_products(const char* op, const ConvPoolGeometry& g) {
 
 Ints flat_geometry(const ConvPoolArguments& a) {
   Ints flat;
-  for (const Sizes& numbers : {a.stride, a.padding, a.dilation, a.pool_kernel_size, a.pool_stride, a.pool_padding,
-                               a.pool_dilation}) {
+  for (const Sizes& numbers :
+       {a.stride, a.padding, a.dilation, a.pool_kernel_size, a.pool_stride, a.pool_padding, a.pool_dilation}) {
     flat.insert(flat.end(), numbers.begin(), numbers.end());
   }
   flat.push_back(a.groups);
