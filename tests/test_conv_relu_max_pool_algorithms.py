@@ -392,6 +392,22 @@ def test_random_geometries(algorithm: str, data: st.DataObject) -> None:
             assert_exact(algorithm, given(tensors, dtype, last), arguments, expected)
 
 
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_depthwise_at_the_edges(stride: int, padding: int, instructions: str) -> None:
+    """Rows of every width, read where they lie: pixels at both ends have columns of the kernel on the padding."""
+    for width in range(1, 20):
+        for kernel in (2, 3, 4):
+            if width + 2 * padding < kernel:
+                continue
+            arguments = geometry(2, stride, padding, groups=32, pool=1)
+            tensors = integers((2, 32, 3, width), 32, (3, kernel), arguments[3], True, 12)
+            expected = outputs_and_winners(tensors, arguments)
+            with using_instruction_set(instructions):
+                assert_exact("depthwise", given(tensors, torch.float32, True), arguments, expected)
+
+
 class TestChoice:
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_does_not_apply(self, algorithm: str) -> None:

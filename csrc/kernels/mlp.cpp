@@ -67,7 +67,7 @@ void run_block(const MlpLayer<T>* layers, int64_t count, const T* input, T* outp
       dot_layer<T>(layer, input, to, rows, {0, layer.out});
     }
     T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
-    if (saved || !taken_with_the_tile(layer.activation)) activate_block<T>(layer, to, saved, rows * layer.out);
+    if (saved || !taken_with_the_tile(layer)) activate_block<T>(layer, to, saved, rows * layer.out);
     input = to;
   }
 }
@@ -84,7 +84,7 @@ void run_block_in_lanes(const MlpLayer<T>* layers, int64_t count, const T* input
     lanes_layer<vectors>(layer, buffers[(i + 1) % 2], to, rows);
     T* saved = layer.saved ? layer.saved + first_row * layer.out : nullptr;
     if (saved && saves_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);
-    if (!taken_with_the_tile(layer.activation)) {
+    if (!taken_with_the_tile(layer)) {
       activate_block<T>(layer, to, nullptr, divide_up(rows, width) * width * layer.out);
     }
     if (saved && !saves_input(layer.activation)) out_of_lanes<vectors>(to, rows, layer.out, saved);

@@ -15,18 +15,27 @@ constexpr int64_t kBlockRows = 4 * kTileRows;
 
 // Whether a layer's tile applies the activation itself. The others cost more than another pass over a block in cache,
 // and would each need a copy of the tile.
-inline bool taken_with_the_tile(const Activation& activation) {
-  return activation.kind == ActivationKind::relu || activation.kind == ActivationKind::identity;
+template <class T>
+bool taken_with_the_tile(const MlpLayer<T>& layer) {
+  const Activation& activation = layer.activation;
+  const bool needs_input = layer.saved && saves_input(activation);
+  return activation.kind == ActivationKind::identity || (only_bounds(activation) && !needs_input);
+}
+
+// The bounds that a layer's tile keeps its sums between.
+template <class T>
+FASTNN_INLINE Bounds<T> bounds_of_tile(const MlpLayer<T>& layer) {
+  return taken_with_the_tile(layer) ? bounds_of<T>(layer.activation) : Bounds<T>{};
 }
 
 // output (count) <- activated, with a copy to `saved` where backward wants one
 template <class T>
 void activate_block(const MlpLayer<T>& layer, T* output, T* saved, int64_t count) {
-  const bool input_saved = saves_input(layer.activation);
+  const bool input_saved = saves_input(layer.activation), taken = taken_with_the_tile(layer);
   with_activation<T>(layer.activation, [&](auto function) {
     for (int64_t i = 0; i < count; i += kLanes<T>) {
       const Vec<T> before = load_up_to<T>(output + i, count - i);
-      const Vec<T> value = function.kind == ActivationKind::relu ? before : function(before);
+      const Vec<T> value = taken ? before : function(before);
       store_up_to<T>(output + i, value, count - i);
       if (saved) store_up_to<T>(saved + i, input_saved ? before : value, count - i);
     }
@@ -55,9 +64,10 @@ FASTNN_INLINE void packed_tile(const MlpLayer<T>& layer, const T* input, T* outp
       bias[v] = load_up_to<T>(layer.bias + from, layer.out - from);
     }
   }
-  if (layer.activation.kind == ActivationKind::relu) {
+  if (only_bounds(layer.activation)) {
+    const Bounds<T> bounds = bounds_of_tile(layer);
     store_tile<rows, vectors, T>(total, last, output + column, layer.out,
-                                 [&](Vec<T> x, int v) { return relu(x + bias[v]); });
+                                 [&](Vec<T> x, int v) { return bounded(x + bias[v], bounds); });
   } else {
     store_tile<rows, vectors, T>(total, last, output + column, layer.out, [&](Vec<T> x, int v) { return x + bias[v]; });
   }
@@ -137,6 +147,7 @@ constexpr int kDotRows = kLanes<T> >= 16  ? 4
 template <int tile_rows, class T>
 FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows, Share which) {
   constexpr int columns = kLanes<T> / tile_rows;
+  const Bounds<T> bounds = bounds_of_tile(layer);
   for (int64_t column = which.first; column < which.last; column += columns) {
     const int64_t columns_left = smaller(which.last - column, columns);
     T bias[kLanes<T>] = {};
@@ -152,7 +163,7 @@ FASTNN_INLINE void dot_tiles(const MlpLayer<T>& layer, const T* input, T* output
         sums = dot_tile<tile_rows>(layer.in, from, layer.in, weight, layer.in, columns_left, rows - row);
       }
       sums += load(bias);
-      if (layer.activation.kind == ActivationKind::relu) sums = relu(sums);
+      if (only_bounds(layer.activation)) sums = bounded(sums, bounds);
       T values[kLanes<T>];
       store(values, sums);
       for (int r = 0; r < tile_rows && row + r < rows; ++r) {
@@ -201,7 +212,7 @@ void dot_layer_together(const MlpLayer<T>& layer, const T* input, T* output, int
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = r * layer.out + columns.first;
         T* const saved = layer.saved ? layer.saved + at : nullptr;
-        if (!saved && taken_with_the_tile(layer.activation)) break;
+        if (!saved && taken_with_the_tile(layer)) break;
         activate_block<T>(layer, output + at, saved, columns.last - columns.first);
       }
     }
@@ -242,7 +253,8 @@ void out_of_lanes(const T* panels, int64_t rows, int64_t features, T* output) {
 template <int vectors, class T>
 void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t rows) {
   constexpr int64_t width = vectors * kLanes<T>;
-  const bool relu_wanted = layer.activation.kind == ActivationKind::relu;
+  const bool bounds_wanted = only_bounds(layer.activation);
+  const Bounds<T> bounds = bounds_of_tile(layer);
   for (int64_t column = 0; column < layer.out; column += kTileRows) {
     with_constant<kTileRows>(static_cast<int>(smaller(layer.out - column, kTileRows)), [&](auto constant) {
       constexpr int columns = decltype(constant)::value;
@@ -257,7 +269,7 @@ void lanes_layer(const MlpLayer<T>& layer, const T* input, T* output, int64_t ro
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
             const Vec<T> value = total[c][v] + bias;
-            store(to + c * width + v * kLanes<T>, relu_wanted ? relu(value) : value);
+            store(to + c * width + v * kLanes<T>, bounds_wanted ? bounded(value, bounds) : value);
           }
         }
       }

@@ -391,12 +391,17 @@ FASTNN_INLINE Vec<double> smaller_of(Vec<double> x, Vec<double> y) {
 }
 #endif
 
-// Bounds between which numbers are kept. By smaller_of(most, larger_of(least, x)), NaN stays NaN, and a zero that
-// equals a bound keeps its sign.
+// Bounds between which numbers are kept.
 template <class T>
 struct Bounds {
   T least = -static_cast<T>(__builtin_inf()), most = static_cast<T>(__builtin_inf());
 };
+
+// NaN stays NaN, and a zero that equals a bound keeps its sign.
+template <class T>
+FASTNN_INLINE Vec<T> bounded(Vec<T> x, const Bounds<T>& bounds) {
+  return smaller_of(broadcast(bounds.most), larger_of(broadcast(bounds.least), x));
+}
 
 // max(x, 0) as torch has it: NaN stays NaN, -0 stays -0.
 template <class V>

@@ -17,22 +17,37 @@ struct DepthwiseSums {
   Bounds<C> bounds;
 
   FASTNN_INLINE void set(int64_t pixel, int64_t lane, Vec<C> sum) const {
-    store(to + pixel * step + lane, smaller_of(broadcast(bounds.most), larger_of(broadcast(bounds.least), sum)));
+    store(to + pixel * step + lane, bounded(sum, bounds));
   }
   DepthwiseSums from(int64_t pixel) const { return {to + pixel * step, step, bounds}; }
 };
 
-// Sums of `pixels` pixels of one vector of channels.
+// One vector of channels of a row of pixels, whose sums are computed side by side.
+template <class C>
+struct DepthwiseRow {
+  const C* from;           // the first pixel, under the kernel's first position
+  int64_t step;            // from a column of the input to the next
+  int64_t stride;          // columns from a pixel to the next
+  int64_t taps;            // positions of the kernel, of which `offsets` says where they lie from the first one
+  const int64_t* offsets;  // [taps]
+  const C* weight;         // [taps][width]
+  int64_t width;
+  int64_t count;                 // of the pixels
+  bool skips_first, skips_last;  // the first column under the first pixel, the last one under the last: it is padding
+  Vec<C> bias;
+};
+
+// Sums of `pixels` pixels, from pixel `first` on.
 template <int pixels, class C>
-FASTNN_INLINE void depthwise_tile(const C* from, int64_t step, const int64_t* offsets, int64_t taps, const C* weight,
-                                  int64_t width, Vec<C> bias, const DepthwiseSums<C>& result, int64_t first,
+FASTNN_INLINE void depthwise_tile(const DepthwiseRow<C>& row, int64_t first, const DepthwiseSums<C>& result,
                                   int64_t lane) {
   Vec<C> sums[pixels];
 #pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) sums[p] = bias;
-  for (int64_t k = 0; k < taps; ++k) {
-    const C* at = from + offsets[k];
-    const Vec<C> right = load(weight + k * width);
+  for (int p = 0; p < pixels; ++p) sums[p] = row.bias;
+  const int64_t step = row.stride * row.step;
+  for (int64_t k = 0; k < row.taps; ++k) {
+    const C* at = row.from + first * step + row.offsets[k];
+    const Vec<C> right = load(row.weight + k * row.width);
 #pragma GCC unroll 8
     for (int p = 0; p < pixels; ++p) sums[p] = multiply_add(load(at + p * step), right, sums[p]);
   }
@@ -40,22 +55,72 @@ FASTNN_INLINE void depthwise_tile(const C* from, int64_t step, const int64_t* of
   for (int p = 0; p < pixels; ++p) result.set(first + p, lane, sums[p]);
 }
 
-// Sums of `count` pixels of a block, side by side, in tiles that are as equal as possible.
-template <class C>
-void depthwise_pixels(const C* from, int64_t step, int64_t count, const int64_t* offsets, int64_t taps, const C* weight,
-                      int vectors, const C* bias, const DepthwiseSums<C>& result) {
-  const int64_t width = vectors * kLanes<C>;
-  for (int64_t lane = 0; lane < width; lane += kLanes<C>) {
-    const Vec<C> first = load(bias + lane);
-    with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
-      constexpr int pixels = decltype(tile)::value;
-      for (int64_t next = 0; next < count; next += pixels) {
-        const int64_t x = smaller(next, count - pixels);  // the last tile may begin in the one before
-        depthwise_tile<pixels>(from + x * step + lane, step, offsets, taps, weight + lane, width, first, result, x,
-                               lane);
+// The same for kernels of three neighbouring columns: a column of the input is loaded once for all pixels that it is
+// under, which takes half as many loads.
+template <int pixels, int stride, class C>
+FASTNN_INLINE void depthwise_tile_of_threes(const DepthwiseRow<C>& row, int64_t first, const DepthwiseSums<C>& result,
+                                            int64_t lane) {
+  constexpr int columns = (pixels - 1) * stride + 3;
+  const bool skips_first = row.skips_first && first == 0;
+  const bool skips_last = row.skips_last && first + pixels == row.count;
+  Vec<C> sums[pixels];
+#pragma GCC unroll 8
+  for (int p = 0; p < pixels; ++p) sums[p] = row.bias;
+  for (int64_t k = 0; k < row.taps; k += 3) {
+    const C* at = row.from + first * stride * row.step + row.offsets[k];
+    const C* const weight = row.weight + k * row.width;
+    const Vec<C> right[3] = {load(weight), load(weight + row.width), load(weight + 2 * row.width)};
+#pragma GCC unroll 18
+    for (int column = 0; column < columns; ++column, at += row.step) {
+      if ((column == 0 && skips_first) || (column == columns - 1 && skips_last)) continue;
+      Vec<C> left = load(at);
+      keep_in_register(left);
+#pragma GCC unroll 3
+      for (int tap = 0; tap < 3; ++tap) {
+        const int p = (column - tap) / stride;
+        if (column >= tap && p < pixels && p * stride + tap == column)
+          sums[p] = multiply_add(left, right[tap], sums[p]);
       }
-    });
+    }
   }
+#pragma GCC unroll 8
+  for (int p = 0; p < pixels; ++p) result.set(first + p, lane, sums[p]);
+}
+
+// Sums of the pixels of a block, side by side, in tiles that are as equal as possible. `given` is the row of the
+// block's first vector. threes: the kernel has three neighbouring columns, and the stride is 1 or 2.
+template <class C>
+void depthwise_pixels(const DepthwiseRow<C>& given, bool threes, const C* bias, const DepthwiseSums<C>& sums) {
+  const int64_t count = given.count;
+  with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
+    constexpr int pixels = decltype(tile)::value;
+    const DepthwiseSums<C> result = sums;  // in registers: what is written could otherwise change it
+    DepthwiseRow<C> row = given;
+    const auto run = [&](int64_t lane, const auto& one) __attribute__((always_inline)) {
+      for (int64_t next = 0; next < count; next += pixels) {
+        one(smaller(next, count - pixels), lane);  // the last tile may begin in the one before
+      }
+    };
+    for (int64_t lane = 0; lane < row.width; lane += kLanes<C>) {
+      row.from = given.from + lane;
+      row.weight = given.weight + lane;
+      row.bias = load(bias + lane);
+      if (threes && row.stride == 1) {
+        run(lane, [&](int64_t x, int64_t at)
+                      __attribute__((always_inline)) { depthwise_tile_of_threes<pixels, 1>(row, x, result, at); });
+      } else if (threes) {
+        run(lane, [&](int64_t x, int64_t at)
+                      __attribute__((always_inline)) { depthwise_tile_of_threes<pixels, 2>(row, x, result, at); });
+      } else {
+        run(lane,
+            [&](int64_t x, int64_t at) __attribute__((always_inline)) { depthwise_tile<pixels>(row, x, result, at); });
+      }
+    }
+  });
+}
+
+FASTNN_INLINE bool has_threes(const ConvPoolGeometry& g) {
+  return g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] <= 2;
 }
 
 // The kernel positions along a dimension that lie on the input, for the conv pixel `at`.
@@ -81,24 +146,37 @@ void depthwise_row(const ConvPoolGeometry& g, const ConvLayout& layout, const C*
   weight += rows.first * taps * width;
   // From `begin` to `end`, no position of the kernel is on the padding.
   const int64_t reach = g.input[2] + g.padding[2] - g.kernel_extent(2), last = first + count;
-  const int64_t begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
-  const int64_t end = height == 0 || reach < 0 ? begin : larger(begin, smaller(last, reach / g.stride[2] + 1));
+  int64_t begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
+  int64_t end = height == 0 || reach < 0 ? begin : larger(begin, smaller(last, reach / g.stride[2] + 1));
+  // Kernels of three columns skip one column of padding on each side.
+  const Inside left = taps_inside(g, 2, first), right = taps_inside(g, 2, last - 1);
+  const bool threes = has_threes(g);
+  const bool skips = threes && left.first <= 1 && right.last >= 2 && begin - first <= 1 && last - end <= 1;
+  if (skips) {
+    begin = first;
+    end = last;
+  }
   if (end > begin) {
-    depthwise_pixels(input_at(begin, 0), g.stride[2] * layout.d[2], end - begin, offsets, height * taps, weight,
-                     vectors, bias, result.from(begin - first));
+    depthwise_pixels<C>({input_at(begin, 0), layout.d[2], g.stride[2], height * taps, offsets, weight, width,
+                         end - begin, skips && left.first > 0, skips && right.last < 3, Vec<C>{}},
+                        threes, bias, result.from(begin - first));
   }
   for (int64_t x = begin > first ? first : end; x < last; x = x + 1 == begin ? end : x + 1) {
     const Inside columns = taps_inside(g, 2, x);
-    for (int64_t lane = 0; lane < width; lane += kLanes<C>) {
-      Vec<C> sum = load(bias + lane);
-      for (int64_t h = 0; h < height; ++h) {
-        for (int64_t w = columns.first; w < columns.last; ++w) {
-          const C* const at = input_at(x, w) + h * g.dilation[1] * layout.d[1];
-          sum = multiply_add(load(at + lane), load(weight + (h * taps + w) * width + lane), sum);
+    Vec<C> sums[kBlockVectors] = {};
+    for (int v = 0; v < vectors; ++v) sums[v] = load(bias + v * kLanes<C>);
+    for (int64_t h = 0; h < height; ++h) {
+      for (int64_t w = columns.first; w < columns.last; ++w) {
+        const C* const at = input_at(x, w) + h * g.dilation[1] * layout.d[1];
+        const C* const right = weight + (h * taps + w) * width;
+#pragma GCC unroll 2
+        for (int v = 0; v < kBlockVectors; ++v) {
+          const int64_t lane = v * kLanes<C>;
+          if (v < vectors) sums[v] = multiply_add(load(at + lane), load(right + lane), sums[v]);
         }
       }
-      result.set(x - first, lane, sum);
     }
+    for (int v = 0; v < vectors; ++v) result.set(x - first, v * kLanes<C>, sums[v]);
   }
 }
 
@@ -204,7 +282,7 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
         continue;
       }
       pool.run(band, band.image, block, [&](int64_t z, int64_t y, const Segment& segment) {
-        const int64_t count = segment.inside.last - segment.inside.first, pixel = g.stride[2] * step[2];
+        const int64_t count = segment.inside.last - segment.inside.first;
         const int64_t column = segment.conv + segment.inside.first;
         const DepthwiseSums<C> sums = {pool.row(z, y, segment), block.vectors * kLanes<C>, {}};
         if (in_place) {
@@ -212,8 +290,10 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
                                pool.bias(), sums);
         }
         const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +
-                        column * pixel;
-        depthwise_pixels(from, pixel, count, offsets, taps, weight, block.vectors, pool.bias(), sums);
+                        column * g.stride[2] * step[2];
+        depthwise_pixels<C>({from, step[2], g.stride[2], taps, offsets, weight, block.vectors * kLanes<C>, count, false,
+                             false, Vec<C>{}},
+                            has_threes(g), pool.bias(), sums);
       });
     }
   }
