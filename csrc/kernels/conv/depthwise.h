@@ -1,7 +1,8 @@
 // Groups of one channel: channels in the vector's lanes, nothing to sum up but the kernel's positions.
 //
-// For depthwise layers, whose sums are too short for other algorithms to fill their lanes. Costs a multiply-add and a
-// load for each product of a vector of channels, and a load and a store for each vector of the input.
+// For depthwise layers, whose sums are too short for other algorithms to fill their lanes. Costs a multiply-add for
+// each product of a vector of channels, with a load where columns of the input are not shared by several products, and
+// a load and a store for each vector of the input.
 #pragma once
 
 #include "channels.h"
@@ -22,105 +23,92 @@ struct DepthwiseSums {
   DepthwiseSums from(int64_t pixel) const { return {to + pixel * step, step, bounds}; }
 };
 
-// One vector of channels of a row of pixels, whose sums are computed side by side.
+// One vector of channels of a row of `count` pixels, whose sums are computed side by side.
 template <class C>
 struct DepthwiseRow {
   const C* from;           // the first pixel, under the kernel's first position
   int64_t step;            // from a column of the input to the next
-  int64_t stride;          // columns from a pixel to the next
-  int64_t taps;            // positions of the kernel, of which `offsets` says where they lie from the first one
-  const int64_t* offsets;  // [taps]
+  int64_t taps;            // positions of the kernel
+  const int64_t* offsets;  // [taps]: where they lie, from the first one on
   const C* weight;         // [taps][width]
   int64_t width;
-  int64_t count;                 // of the pixels
-  bool skips_first, skips_last;  // the first column under the first pixel, the last one under the last: it is padding
+  int64_t count;
+  int64_t skip_left, skip_right;  // columns under the first pixels and under the last ones that are padding
   Vec<C> bias;
 };
 
-// Sums of `pixels` pixels, from pixel `first` on.
-template <int pixels, class C>
+// Sums of `pixels` pixels, from pixel `first` on. A column of the input is loaded once for all those pixels that it is
+// under by one of `kernel` positions side by side. From a pixel to the next there are `stride` columns.
+template <int pixels, int kernel, int stride, class C>
 FASTNN_INLINE void depthwise_tile(const DepthwiseRow<C>& row, int64_t first, const DepthwiseSums<C>& result,
                                   int64_t lane) {
+  constexpr int columns = (pixels - 1) * stride + kernel;
+  const int64_t skip_left = first == 0 ? row.skip_left : 0;
+  const int64_t end = columns - (first + pixels == row.count ? row.skip_right : 0);
   Vec<C> sums[pixels];
 #pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) sums[p] = row.bias;
-  const int64_t step = row.stride * row.step;
-  for (int64_t k = 0; k < row.taps; ++k) {
-    const C* at = row.from + first * step + row.offsets[k];
-    const Vec<C> right = load(row.weight + k * row.width);
-#pragma GCC unroll 8
-    for (int p = 0; p < pixels; ++p) sums[p] = multiply_add(load(at + p * step), right, sums[p]);
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) result.set(first + p, lane, sums[p]);
-}
-
-// The same for kernels of three neighbouring columns: a column of the input is loaded once for all pixels that it is
-// under, which takes half as many loads.
-template <int pixels, int stride, class C>
-FASTNN_INLINE void depthwise_tile_of_threes(const DepthwiseRow<C>& row, int64_t first, const DepthwiseSums<C>& result,
-                                            int64_t lane) {
-  constexpr int columns = (pixels - 1) * stride + 3;
-  const bool skips_first = row.skips_first && first == 0;
-  const bool skips_last = row.skips_last && first + pixels == row.count;
-  Vec<C> sums[pixels];
-#pragma GCC unroll 8
-  for (int p = 0; p < pixels; ++p) sums[p] = row.bias;
-  for (int64_t k = 0; k < row.taps; k += 3) {
+  for (int64_t k = 0; k < row.taps; k += kernel) {
     const C* at = row.from + first * stride * row.step + row.offsets[k];
-    const C* const weight = row.weight + k * row.width;
-    const Vec<C> right[3] = {load(weight), load(weight + row.width), load(weight + 2 * row.width)};
-#pragma GCC unroll 18
+    Vec<C> right[kernel];
+#pragma GCC unroll 5
+    for (int tap = 0; tap < kernel; ++tap) right[tap] = load(row.weight + (k + tap) * row.width);
+#pragma GCC unroll 20
     for (int column = 0; column < columns; ++column, at += row.step) {
-      if ((column == 0 && skips_first) || (column == columns - 1 && skips_last)) continue;
+      if (column < kernel - 1 && column < skip_left) continue;
+      if (column > columns - kernel && column >= end) continue;
       Vec<C> left = load(at);
-      keep_in_register(left);
-#pragma GCC unroll 3
-      for (int tap = 0; tap < 3; ++tap) {
+      if (kernel > 1) keep_in_register(left);
+#pragma GCC unroll 5
+      for (int tap = 0; tap < kernel; ++tap) {
         const int p = (column - tap) / stride;
-        if (column >= tap && p < pixels && p * stride + tap == column)
-          sums[p] = multiply_add(left, right[tap], sums[p]);
+        if (column < tap || p >= pixels || p * stride + tap != column) continue;
+        sums[p] = multiply_add(left, right[tap], sums[p]);
       }
     }
   }
 #pragma GCC unroll 8
   for (int p = 0; p < pixels; ++p) result.set(first + p, lane, sums[p]);
+}
+
+// The positions of the kernel side by side that share the columns of the input, or 1 where they do not.
+FASTNN_INLINE int64_t sharing_positions(const ConvPoolGeometry& g) {
+  const bool share = (g.kernel[2] == 3 || g.kernel[2] == 5) && g.dilation[2] == 1 && g.stride[2] <= 2;
+  return share ? g.kernel[2] : 1;
 }
 
 // Sums of the pixels of a block, side by side, in tiles that are as equal as possible. `given` is the row of the
-// block's first vector. threes: the kernel has three neighbouring columns, and the stride is 1 or 2.
+// block's first vector, with the step between two neighbouring columns.
 template <class C>
-void depthwise_pixels(const DepthwiseRow<C>& given, bool threes, const C* bias, const DepthwiseSums<C>& sums) {
+void depthwise_pixels(const ConvPoolGeometry& g, const DepthwiseRow<C>& given, const C* bias,
+                      const DepthwiseSums<C>& sums) {
   const int64_t count = given.count;
   with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
     constexpr int pixels = decltype(tile)::value;
-    const DepthwiseSums<C> result = sums;  // in registers: what is written could otherwise change it
-    DepthwiseRow<C> row = given;
-    const auto run = [&](int64_t lane, const auto& one) __attribute__((always_inline)) {
-      for (int64_t next = 0; next < count; next += pixels) {
-        one(smaller(next, count - pixels), lane);  // the last tile may begin in the one before
+    const auto run = [&](auto kernel, auto stride, int64_t step) __attribute__((always_inline)) {
+      const DepthwiseSums<C> result = sums;  // in registers: what is written could otherwise change it
+      DepthwiseRow<C> row = given;
+      row.step = step;
+      for (int64_t lane = 0; lane < given.width; lane += kLanes<C>) {
+        row.from = given.from + lane;
+        row.weight = given.weight + lane;
+        row.bias = load(bias + lane);
+        for (int64_t next = 0; next < count; next += pixels) {
+          const int64_t x = smaller(next, count - pixels);  // the last tile may begin in the one before
+          depthwise_tile<pixels, decltype(kernel)::value, decltype(stride)::value>(row, x, result, lane);
+        }
       }
     };
-    for (int64_t lane = 0; lane < row.width; lane += kLanes<C>) {
-      row.from = given.from + lane;
-      row.weight = given.weight + lane;
-      row.bias = load(bias + lane);
-      if (threes && row.stride == 1) {
-        run(lane, [&](int64_t x, int64_t at)
-                      __attribute__((always_inline)) { depthwise_tile_of_threes<pixels, 1>(row, x, result, at); });
-      } else if (threes) {
-        run(lane, [&](int64_t x, int64_t at)
-                      __attribute__((always_inline)) { depthwise_tile_of_threes<pixels, 2>(row, x, result, at); });
-      } else {
-        run(lane,
-            [&](int64_t x, int64_t at) __attribute__((always_inline)) { depthwise_tile<pixels>(row, x, result, at); });
-      }
+    const int64_t positions = sharing_positions(g);
+    const bool dense = g.stride[2] == 1;
+    if (positions == 3) {
+      dense ? run(Constant<3>{}, Constant<1>{}, given.step) : run(Constant<3>{}, Constant<2>{}, given.step);
+    } else if (positions == 5) {
+      dense ? run(Constant<5>{}, Constant<1>{}, given.step) : run(Constant<5>{}, Constant<2>{}, given.step);
+    } else {
+      run(Constant<1>{}, Constant<1>{}, g.stride[2] * given.step);
     }
   });
-}
-
-FASTNN_INLINE bool has_threes(const ConvPoolGeometry& g) {
-  return g.kernel[2] == 3 && g.dilation[2] == 1 && g.stride[2] <= 2;
 }
 
 // The kernel positions along a dimension that lie on the input, for the conv pixel `at`.
@@ -144,22 +132,23 @@ void depthwise_row(const ConvPoolGeometry& g, const ConvLayout& layout, const C*
            (x * g.stride[2] - g.padding[2] + tap * g.dilation[2]) * layout.d[2];
   };
   weight += rows.first * taps * width;
-  // From `begin` to `end`, no position of the kernel is on the padding.
-  const int64_t reach = g.input[2] + g.padding[2] - g.kernel_extent(2), last = first + count;
-  int64_t begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
-  int64_t end = height == 0 || reach < 0 ? begin : larger(begin, smaller(last, reach / g.stride[2] + 1));
-  // Kernels of three columns skip one column of padding on each side.
-  const Inside left = taps_inside(g, 2, first), right = taps_inside(g, 2, last - 1);
-  const bool threes = has_threes(g);
-  const bool skips = threes && left.first <= 1 && right.last >= 2 && begin - first <= 1 && last - end <= 1;
-  if (skips) {
-    begin = first;
-    end = last;
+  const int64_t last = first + count, positions = sharing_positions(g);
+  int64_t skip_left = larger(0, g.padding[2] - first * g.stride[2]);
+  int64_t skip_right = larger(0, (last - 1) * g.stride[2] - g.padding[2] + g.kernel_extent(2) - g.input[2]);
+  // A tile leaves columns of padding out where positions share them. Else no position of a kernel is on the padding
+  // from `begin` to `end`, and the pixels beyond are computed one by one.
+  int64_t begin = first, end = last;
+  if (skip_left >= positions || skip_right >= positions) {
+    const int64_t reach = g.input[2] + g.padding[2] - g.kernel_extent(2);
+    begin = smaller(last, larger(first, divide_up(g.padding[2], g.stride[2])));
+    end = height == 0 || reach < 0 ? begin : larger(begin, smaller(last, reach / g.stride[2] + 1));
+    skip_left = skip_right = 0;
   }
   if (end > begin) {
-    depthwise_pixels<C>({input_at(begin, 0), layout.d[2], g.stride[2], height * taps, offsets, weight, width,
-                         end - begin, skips && left.first > 0, skips && right.last < 3, Vec<C>{}},
-                        threes, bias, result.from(begin - first));
+    depthwise_pixels<C>(g,
+                        {input_at(begin, 0), layout.d[2], height * taps, offsets, weight, width, end - begin, skip_left,
+                         skip_right, Vec<C>{}},
+                        bias, result.from(begin - first));
   }
   for (int64_t x = begin > first ? first : end; x < last; x = x + 1 == begin ? end : x + 1) {
     const Inside columns = taps_inside(g, 2, x);
@@ -291,9 +280,8 @@ void run_depthwise(const ConvCall<T>& original, int64_t first_item, int64_t last
         }
         const C* from = copy + (z - band.conv[0]) * g.stride[0] * step[0] + (y - band.conv[1]) * g.stride[1] * step[1] +
                         column * g.stride[2] * step[2];
-        depthwise_pixels<C>({from, step[2], g.stride[2], taps, offsets, weight, block.vectors * kLanes<C>, count, false,
-                             false, Vec<C>{}},
-                            has_threes(g), pool.bias(), sums);
+        const DepthwiseRow<C> row = {from, step[2], taps, offsets, weight, block.vectors * kLanes<C>, count, 0, 0, {}};
+        depthwise_pixels<C>(g, row, pool.bias(), sums);
       });
     }
   }
