@@ -80,8 +80,8 @@ double longest_share(const Planner& p, const BandPlan& band) {
 
 // Chooses a band of `images` images: as many columns of a row as `fits` admits, then as many such rows. It takes fewer
 // columns and more rows where windows would need more conv rows than the band has, and so many fewer rows that
-// `time(band)`, the time of several threads, is least. If there are several bands of rows, each of them has a multiple
-// of `unit` rows.
+// `time(band)`, the time of several threads, is least. If there are several bands of rows, each of them but the last
+// has a multiple of `unit` rows.
 template <class Fits, class Time>
 BandPlan choose_band(const Planner& p, int64_t images, const Fits& fits, const Time& time, int64_t unit = 1) {
   const ConvPoolGeometry& g = p.g;
