@@ -225,7 +225,7 @@ PLOTS = {
     "curves": Plot(
         curves, ("curves",), "Loss over time on real data: stock's loop over a DataLoader, and step.epoch of fastnn"
     ),
-    "zoo": Plot(zoo, ("zoo",), "How many times as fast as eager PyTorch twenty real models are, beside other engines"),
+    "zoo": Plot(zoo, ("zoo",), "How many times as fast as eager PyTorch real models are, beside other engines"),
     "roofline": Plot(
         roofline, ("conv_relu_max_pool", "rnn", "mlp", "frozen"), "GFLOP/s of every case under the processor's roofline"
     ),
