@@ -228,7 +228,12 @@ def test_autocast_gives_stocks_dtypes(name, options, training, monkeypatch):
         grads = []
         for module in (stock, ours):
             with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
-                result = tensors_of([module(input, hx)])
+                try:
+                    result = tensors_of([module(input, hx)])
+                except RuntimeError as error:
+                    if module is stock and "could not create a primitive" in str(error):
+                        pytest.skip("oneDNN has no LSTM in bfloat16 for this processor")
+                    raise
             grads.append(
                 (result, torch.autograd.grad(sum(t.float().sum() for t in result), list(module.parameters())))
                 if training
