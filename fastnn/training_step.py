@@ -160,23 +160,24 @@ class TrainingStep:
         if self.keep_gradients:
             self._used.drop(self._optimizer)
         self._last_why = self._reason_for_ordinary(input, target)
-        if self._last_why or not self._bind():
+        bound = None if self._last_why else self._bind()
+        if bound is None:
             return self._ordinary(input, target)
         inputs = self._inputs(input)
         dims = tuple([one.dim() for one in inputs])
         if self._refused.get(dims, 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return self._ordinary(input, target)
-        reading = self._reading
-        assert reading is not None
+        reading, _ = bound
         one_call_would_do = not reading.loss_why and (reading.network.log_softmax != -1 or target.dim() == 1)
         if one_call_would_do:
-            loss = self._step_in_one_call(inputs, target)
+            loss = self._step_in_one_call(*bound, inputs, target)
             if loss is not None:
                 return loss
-            if not self._bind():
+            bound = self._bind()
+            if bound is None:
                 return self._ordinary(input, target)
-        loss = self._step_in_two_calls(inputs, target)
+        loss = self._step_in_two_calls(*bound, inputs, target)
         if loss is None:
             loss = self._ordinary(input, target)
             if self._reading is not None:  # the model takes the input, the operators do not
@@ -185,12 +186,11 @@ class TrainingStep:
             reading.loss_why = "its target is none that the operator takes"
         return loss
 
-    def _step_in_one_call(self, inputs: Sequence[Tensor], target: Tensor) -> Tensor | None:
+    def _step_in_one_call(
+        self, reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Tensor
+    ) -> Tensor | None:
         """Makes a step with the operator's own loss -> the loss. None where the operator refuses something. That may be
         the target: then the caller's own loss takes it, or raises an error of its own."""
-        reading, binding = self._reading, self._binding
-        assert reading is not None
-        assert binding is not None
         random = torch.get_rng_state() if reading.network.draws else None
         try:
             loss, gradients = in_one_call(reading, binding, inputs, target)
@@ -205,12 +205,11 @@ class TrainingStep:
         self._finish(binding, gradients)
         return loss
 
-    def _step_in_two_calls(self, inputs: Sequence[Tensor], target: Any) -> Tensor | None:
+    def _step_in_two_calls(
+        self, reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Any
+    ) -> Tensor | None:
         """Makes a step with the caller's own loss -> the loss. None where it has to go the ordinary way; the reading
         is None too where all steps have to."""
-        reading, binding = self._reading, self._binding
-        assert reading is not None
-        assert binding is not None
         try:
             loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
         except OtherLeavesError:
@@ -354,11 +353,12 @@ class TrainingStep:
             return None
         if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
             return None
-        if self._reason_for_ordinary(inputs[0] if self._count == 1 else tuple(inputs), target) or not self._bind():
+        if self._reason_for_ordinary(inputs[0] if self._count == 1 else tuple(inputs), target):
             return None
-        reading, binding = self._reading, self._binding
-        assert reading is not None
-        assert binding is not None
+        bound = self._bind()
+        if bound is None:
+            return None
+        reading, binding = bound
         if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
             return None
         random = torch.get_rng_state() if reading.network.draws else None
@@ -442,10 +442,10 @@ class TrainingStep:
             return "its input was empty"
         return ""
 
-    def _bind(self) -> bool:
-        """Binds what the model and the optimizer have now, where the last binding no longer holds -> whether they could
-        be bound: not where the model has lost a parameter, `p.grad` has gradients that count, or the optimizer has what
-        the operators do not take."""
+    def _bind(self) -> tuple[Reading, Binding] | None:
+        """Binds what the model and the optimizer have now, where the last binding no longer holds -> the reading and
+        the binding. None where the model has lost a parameter, `p.grad` has gradients that count, or the optimizer has
+        what the operators do not take."""
         reading, binding, optimizer = self._reading, self._binding, self._optimizer
         assert reading is not None
         holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
@@ -453,20 +453,20 @@ class TrainingStep:
             self._used.drop(optimizer)
             if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
                 self._last_why = "gradients lay in p.grad, which count too"
-                return False
+                return None
             holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
         try:
             if binding is not None and holds:
                 if binding.settings_hold():
-                    return True
+                    return reading, binding
                 check_optimizer(optimizer)
                 if binding.states_fit():
                     binding.write_numbers()
-                    return True
+                    return reading, binding
             tensors = reading.tensors()
             if binding is not None and list(map(id, tensors)) != list(map(id, binding.tensors)):
                 self._read(anew=True)  # they may be of other sizes
-                return self._reading is not None and self._bind()
+                return None if self._reading is None else self._bind()
             check_optimizer(optimizer)
             check_parameters(reading.of_program(tensors), optimizer)
             self._forget()
@@ -476,8 +476,8 @@ class TrainingStep:
         except (KeyError, NotANetworkError):
             self._undo()
             self._read()
-            return False
-        return True
+            return None
+        return reading, self._binding
 
     def _after_update(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(binding.parameters)

@@ -29,7 +29,7 @@ struct DepthwiseRow {
   const C* from;           // the first pixel, under the kernel's first position
   int64_t step;            // from a column of the input to the next
   int64_t taps;            // positions of the kernel
-  const int64_t* offsets;  // [taps]: where they lie, from the first one on
+  const int64_t* offsets;  // [taps]: from the first position to each
   const C* weight;         // [taps][width]
   int64_t width;
   int64_t count;
@@ -86,7 +86,7 @@ void depthwise_pixels(const ConvPoolGeometry& g, const DepthwiseRow<C>& given, c
   with_constant<8>(static_cast<int>(divide_up(count, larger(1, divide_up(count, 8)))), [&](auto tile) {
     constexpr int pixels = decltype(tile)::value;
     const auto run = [&](auto kernel, auto stride, int64_t step) __attribute__((always_inline)) {
-      const DepthwiseSums<C> result = sums;  // in registers: what is written could otherwise change it
+      const DepthwiseSums<C> result = sums;  // A copy stays in registers: no store can change it.
       DepthwiseRow<C> row = given;
       row.step = step;
       for (int64_t lane = 0; lane < given.width; lane += kLanes<C>) {
