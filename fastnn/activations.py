@@ -44,9 +44,9 @@ KINDS: dict[str, Kind] = {
 class _TorchName:
     """One of torch's names for an activation, under which torch has a function, perhaps a method, and an operator.
 
-    kind: the extension's name for the activation. module: torch's class. chosen_by: the settings by which torch's one
-    function is this activation and not another. preset: the parameters that this name fixes. is_valid: whether torch
-    accepts these values of the parameters.
+    kind: the extension's name for the activation. module: torch's class, or ours where torch has none. chosen_by: the
+    settings by which torch's one function is this activation and not another. preset: the parameters that this name
+    fixes. is_valid: whether torch accepts these values of the parameters.
     """
 
     name: str
@@ -60,6 +60,27 @@ class _TorchName:
     def settings(self) -> tuple[str, ...]:
         """The names of torch's arguments after the input, in torch's order, without ``inplace``."""
         return () if self.preset else (*KINDS[self.kind].parameters, *self.chosen_by)
+
+
+class Exp(nn.Module):
+    """``torch.exp`` as a module, which torch does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.exp(input)
+
+
+class Sin(nn.Module):
+    """``torch.sin`` as a module, which torch does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.sin(input)
+
+
+class Cos(nn.Module):
+    """``torch.cos`` as a module, which torch does not have."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cos(input)
 
 
 # By the names that fastnn's own functions take.
@@ -76,6 +97,11 @@ _NAMES: dict[str, _TorchName] = {
     "hardswish": _TorchName("hardswish", nn.Hardswish, "hardswish"),
     "softplus": _TorchName("softplus", nn.Softplus, "softplus"),
     "hardtanh": _TorchName("hardtanh", nn.Hardtanh, "hardtanh", is_valid=operator.le),
+    "selu": _TorchName("selu", nn.SELU, "selu"),
+    "mish": _TorchName("mish", nn.Mish, "mish"),
+    "exp": _TorchName("exp", Exp, "exp"),
+    "sin": _TorchName("sin", Sin, "sin"),
+    "cos": _TorchName("cos", Cos, "cos"),
     "relu6": _TorchName("relu6", nn.ReLU6, "hardtanh", preset={"min_val": 0.0, "max_val": 6.0}),
 }
 NAMES = tuple(_NAMES)
@@ -112,10 +138,11 @@ def _identity(x: Tensor) -> Tensor:
 
 # What each kind means: torch's function of the input and the parameters.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    kind: functools.partial(getattr(F, named.name), **named.chosen_by) if kind != "identity" else _identity
+    kind: functools.partial(getattr(F if hasattr(F, named.name) else torch, named.name), **named.chosen_by)
     for kind, named in _NAMES.items()
-    if not named.preset
+    if not named.preset and kind != "identity"
 }
+_FUNCTIONS["identity"] = _identity
 
 
 # ---- the text ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlp_chains import assert_like_stock, between, make_chain, split
+from mlp_chains import OF_CHAINS, assert_like_stock, between, make_chain, split
 from torch import nn
 from torch.testing import assert_close
 
@@ -32,7 +32,7 @@ class TestValues:
     def test_rows(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
         assert_like_stock(make_chain(rows, (10, 8, 5, 8, 10), dtype), ["relu", "identity", "relu", "identity"])
 
-    @pytest.mark.parametrize("activation", NAMES)
+    @pytest.mark.parametrize("activation", OF_CHAINS)
     def test_activations(self, instruction_set: str, dtype: torch.dtype, activation: str) -> None:
         tensors = make_chain(19, (13, 21, 6), dtype)
         assert_like_stock(tensors, [activation, activation])
@@ -84,7 +84,7 @@ class TestValues:
     )
     def test_any_shape(self, rows: int, widths: list[int], bias: bool, data: st.DataObject) -> None:
         layers = len(widths) - 1
-        activations = data.draw(st.lists(st.sampled_from(NAMES), min_size=layers, max_size=layers))
+        activations = data.draw(st.lists(st.sampled_from(OF_CHAINS), min_size=layers, max_size=layers))
         torch.manual_seed(0)  # a shape fails or passes for itself, whatever came before it
         assert_like_stock(make_chain(rows, widths, bias=bias), activations)
 
@@ -137,7 +137,7 @@ class TestWays:
     def test_narrow_layers(self, instruction_set: str, dtype: torch.dtype, rows: int) -> None:
         assert_like_stock(make_chain(rows, (1, 70, 3, 90, 8, 40, 1), dtype), between(6))
 
-    @pytest.mark.parametrize("activation", NAMES)
+    @pytest.mark.parametrize("activation", OF_CHAINS)
     def test_large_enough_to_be_handed_over(self, dtype: torch.dtype, activation: str) -> None:
         tensors = make_chain(40, (300, 260, 300), dtype)
         assert_like_stock(tensors, [activation, activation])

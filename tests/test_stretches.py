@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import run_and_list
 from test_training_networks import CASES, MODELS, By, OfTwo
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
@@ -597,9 +598,7 @@ def test_flat_weights_that_a_user_has_changed(how: str) -> None:
 def _called(model: nn.Module, *inputs: Tensor) -> tuple[Any, list[str]]:
     """What a model gives in inference, and the operators of ours that it has run."""
     model(*inputs)
-    with torch.profiler.profile() as profile:
-        found = model(*inputs)
-    return found, [event.name for event in profile.events() if event.name.startswith("fastnn::")]
+    return run_and_list(lambda: model(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -51,6 +51,23 @@ FASTNN_INLINE Vec<T> log1p_of(Vec<T> x) {
   return T(2) * (s + s * square * sum);
 }
 
+// exp(x) - 1 for x up to 0, as 2t / (1 - t) with t = tanh(x / 2), which cancels nowhere.
+template <class T>
+FASTNN_INLINE Vec<T> expm1_below_0(Vec<T> x) {
+  const Vec<T> t = tanh_of<T>(x * T(0.5));
+  return T(2) * t / (T(1) - t);
+}
+
+// SELU's factors, from the paper of Klambauer and others (2017), with as many digits as torch has.
+constexpr double kSeluScale = 1.0507009873554804934193349852946, kSeluAlpha = 1.6732632423543772848170429916717;
+
+// tanh(log(1 + exp(x))), mish's gate: (e^2 + 2e) / (e^2 + 2e + 2) with e = exp(x).
+template <class T>
+FASTNN_INLINE Vec<T> mish_gate(Vec<T> x) {
+  const Vec<T> e = exp_of<T>(at_most(x, ExpConstants<T>::sigmoid_is_one)), dividend = e * (e + T(2));
+  return dividend / (dividend + T(2));
+}
+
 // An activation with its parameters in the kernel's type.
 template <ActivationKind kind_, class T>
 struct ActivationFunction {
@@ -69,10 +86,7 @@ struct ActivationFunction {
     }
     if constexpr (kind == ActivationKind::silu) return x / (T(1) + exp_of<T>(-x));
     if constexpr (kind == ActivationKind::leaky_relu) return x > Vec<T>{} ? x : x * first;
-    if constexpr (kind == ActivationKind::elu) {
-      const Vec<T> t = tanh_of<T>(x * T(0.5));  // exp(x) - 1 = 2t / (1 - t), which cancels nowhere below 0
-      return x > Vec<T>{} ? x : first * (T(2) * t / (T(1) - t));
-    }
+    if constexpr (kind == ActivationKind::elu) return x > Vec<T>{} ? x : first * expm1_below_0<T>(x);
     if constexpr (kind == ActivationKind::hardswish) return x * at_most(at_least(x + T(3), T(0)), T(6)) / T(6);
     if constexpr (kind == ActivationKind::softplus) {
       const Vec<T> scaled = first * x;  // log(1 + exp(a)) = max(a, 0) + log(1 + exp(-|a|))
@@ -80,6 +94,13 @@ struct ActivationFunction {
       return scaled > broadcast(second) ? x : value;
     }
     if constexpr (kind == ActivationKind::hardtanh) return at_most(at_least(x, first), second);
+    if constexpr (kind == ActivationKind::selu) {
+      return x > Vec<T>{} ? T(kSeluScale) * x : T(kSeluScale * kSeluAlpha) * expm1_below_0<T>(x);
+    }
+    if constexpr (kind == ActivationKind::mish) return x * mish_gate<T>(x);
+    if constexpr (kind == ActivationKind::exp) return exp_of<T>(x);
+    if constexpr (kind == ActivationKind::sin) return sin_of<T>(x, 0);
+    if constexpr (kind == ActivationKind::cos) return sin_of<T>(x, 1);
     return x;
   }
 
@@ -116,6 +137,16 @@ struct ActivationFunction {
       const Vec<T> above = s <= broadcast(first) ? Vec<T>{} : grad;
       return s >= broadcast(second) ? Vec<T>{} : above;
     }
+    if constexpr (kind == ActivationKind::selu) {
+      return grad * (s <= Vec<T>{} ? T(kSeluScale * kSeluAlpha) * exp_of<T>(s) : broadcast(T(kSeluScale)));
+    }
+    if constexpr (kind == ActivationKind::mish) {
+      const Vec<T> gate = mish_gate<T>(s);
+      return grad * (gate + s * sigmoid_of<T>(s) * (T(1) - gate * gate));
+    }
+    if constexpr (kind == ActivationKind::exp) return grad * s;
+    if constexpr (kind == ActivationKind::sin) return grad * sin_of<T>(s, 1);
+    if constexpr (kind == ActivationKind::cos) return -grad * sin_of<T>(s, 0);
     return grad;
   }
 };

@@ -27,19 +27,24 @@ struct ActivationEntry {
 };
 
 // X(name, DerivedFrom, {"parameter", default}...)
-#define FASTNN_FOR_EACH_ACTIVATION(X)                                 \
-  X(identity, DerivedFrom::nothing, {})                               \
-  X(relu, DerivedFrom::output, {})                                    \
-  X(tanh, DerivedFrom::output, {})                                    \
-  X(sigmoid, DerivedFrom::output, {})                                 \
-  X(gelu, DerivedFrom::input, {})                                     \
-  X(gelu_tanh, DerivedFrom::input, {})                                \
-  X(silu, DerivedFrom::input, {})                                     \
-  X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01})         \
-  X(elu, DerivedFrom::input, {"alpha", 1.0})                          \
-  X(hardswish, DerivedFrom::input, {})                                \
-  X(softplus, DerivedFrom::input, {"beta", 1.0}, {"threshold", 20.0}) \
-  X(hardtanh, DerivedFrom::input, {"min_val", -1.0}, {"max_val", 1.0})
+#define FASTNN_FOR_EACH_ACTIVATION(X)                                  \
+  X(identity, DerivedFrom::nothing, {})                                \
+  X(relu, DerivedFrom::output, {})                                     \
+  X(tanh, DerivedFrom::output, {})                                     \
+  X(sigmoid, DerivedFrom::output, {})                                  \
+  X(gelu, DerivedFrom::input, {})                                      \
+  X(gelu_tanh, DerivedFrom::input, {})                                 \
+  X(silu, DerivedFrom::input, {})                                      \
+  X(leaky_relu, DerivedFrom::input, {"negative_slope", 0.01})          \
+  X(elu, DerivedFrom::input, {"alpha", 1.0})                           \
+  X(hardswish, DerivedFrom::input, {})                                 \
+  X(softplus, DerivedFrom::input, {"beta", 1.0}, {"threshold", 20.0})  \
+  X(hardtanh, DerivedFrom::input, {"min_val", -1.0}, {"max_val", 1.0}) \
+  X(selu, DerivedFrom::input, {})                                      \
+  X(mish, DerivedFrom::input, {})                                      \
+  X(exp, DerivedFrom::output, {})                                      \
+  X(sin, DerivedFrom::input, {})                                       \
+  X(cos, DerivedFrom::input, {})
 
 enum class ActivationKind : int32_t {
 #define FASTNN_ENUMERATOR(name, ...) name,

@@ -1,8 +1,10 @@
-// Packed exp, tanh and sigmoid, for float and double, on one vector or several in lockstep. Include only from
-// csrc/kernels.
+// Packed exp, tanh and sigmoid, for float and double, on one vector or several in lockstep; and sin and cos on one
+// vector. Include only from csrc/kernels.
 //
 // float: at most 4 ULP, over all 2^32 arguments (benchmarks/sweep_math.py). NaN in, NaN out.
 #pragma once
+
+#include <math.h>
 
 #include "lockstep.h"
 
@@ -175,6 +177,68 @@ FASTNN_INLINE Lockstep<T, n> tanh_of(const Lockstep<T, n>& x) {
 template <class T>
 FASTNN_INLINE Vec<T> tanh_of(Vec<T> x) {
   return tanh_of(Lockstep<T, 1>{{x}}).part[0];
+}
+
+// An angle x as `quarters` quarter turns and a rest of at most pi/4: x = quarters * pi/2 + rest. |x| is at most
+// kLargestAngle, so that quarters times the first part of pi/2 is exact. A float's rest is computed in double, where
+// two parts of pi/2 leave no error that a float could show; a double's rest takes three parts.
+constexpr double kLargestAngle = 1e5;
+template <class T>
+struct QuarterTurns {
+  Vec<T> rest;
+  Vec<typename ExpConstants<T>::Integer> quarters;
+};
+FASTNN_INLINE QuarterTurns<float> quarter_turns_of(Vec<float> x) {
+  typedef double Wide __attribute__((vector_size(2 * FASTNN_VECTOR_BYTES)));
+  constexpr double shift = ExpConstants<double>::round_to_integer;
+  const Wide angle = __builtin_convertvector(x, Wide);
+  const Wide n = (angle * 0.63661977236758134308 + shift) - shift;
+  const Wide rest = (angle - n * 1.57079632673412561417) - n * 6.07710050650619224932e-11;
+  return {__builtin_convertvector(rest, Vec<float>), __builtin_convertvector(n, Vec<int32_t>)};
+}
+FASTNN_INLINE QuarterTurns<double> quarter_turns_of(Vec<double> x) {
+  constexpr double shift = ExpConstants<double>::round_to_integer;
+  const Vec<double> shifted = x * 0.63661977236758134308 + shift, n = shifted - shift;
+  const Vec<double> rest = ((x - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11);
+  return {rest - n * 2.02226624879595063154e-21, (Vec<int64_t>)shifted};  // whose lowest bits are n's
+}
+
+// sin(x + quarters * pi/2) by the C library, a lane at a time: for the angles that quarter_turns_of does not take.
+template <class T>
+FASTNN_SHARED Vec<T> sin_of_any(Vec<T> x, int quarters) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(quarters ? cos(lanes[i]) : sin(lanes[i]));
+  return load(lanes);
+}
+
+// sin(x + quarters * pi/2), quarters 0 or 1: sin or cos of x. Of the rest, by Taylor: the next power is below half an
+// ulp.
+template <class T>
+FASTNN_INLINE Vec<T> sin_of(Vec<T> x, int quarters) {
+  constexpr int terms = sizeof(T) == sizeof(double) ? 8 : 4;
+  // (sin(r) - r) / r^3 and (cos(r) - 1 + r^2 / 2) / r^4, lowest power first.
+  constexpr T odd_terms[] = {
+      T(-1.0 / 6),        T(1.0 / 120),        T(-1.0 / 5040),          T(1.0 / 362880),
+      T(-1.0 / 39916800), T(1.0 / 6227020800), T(-1.0 / 1307674368000), T(1.0 / 355687428096000)};
+  constexpr T even_terms[] = {
+      T(1.0 / 24),        T(-1.0 / 720),         T(1.0 / 40320),          T(-1.0 / 3628800),
+      T(1.0 / 479001600), T(-1.0 / 87178291200), T(1.0 / 20922789888000), T(-1.0 / 6402373705728000)};
+  const Vec<T> angle = magnitude_of<T>(x) <= broadcast(T(kLargestAngle)) ? x : broadcast(T(NAN));
+  if (has_nan<T>(angle)) return sin_of_any<T>(x, quarters);
+  const QuarterTurns<T> turns = quarter_turns_of(x);
+  const Vec<T> rest = turns.rest, square = rest * rest;
+  Vec<T> odd = broadcast(odd_terms[terms - 1]), even = broadcast(even_terms[terms - 1]);
+#pragma GCC unroll 8
+  for (int i = terms - 2; i >= 0; --i) {
+    odd = odd * square + odd_terms[i];
+    even = even * square + even_terms[i];
+  }
+  const Vec<T> sine = with_sign_of<T>(magnitude_of<T>(odd * (square * rest) + rest), rest);  // so that -0 stays
+  const Vec<T> cosine = T(1) + square * (even * square - T(0.5));
+  const auto quarter = turns.quarters + quarters;
+  const Vec<T> value = (quarter & 1) == 0 ? sine : cosine;
+  return (quarter & 2) == 0 ? value : -value;
 }
 
 }  // namespace FASTNN_ISA

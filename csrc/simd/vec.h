@@ -176,6 +176,23 @@ FASTNN_INLINE void store(bfloat16* to, Vec<float> x) {
   *reinterpret_cast<HalvesTo*>(to) = to_bfloat16(x);
 }
 
+template <class T>
+FASTNN_INLINE bool has_nan(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
+  } else {
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q) != 0;
+  }
+#else
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  bool found = false;
+  for (T lane : lanes) found |= lane != lane;
+  return found;
+#endif
+}
+
 // The first `count` lanes (0 < count < kLanes); the others are zero.
 template <class T>
 FASTNN_INLINE Vec<Compute<T>> load_partial(const T* from, int count) {

@@ -671,11 +671,6 @@ def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
     _square(read, node, x)
 
 
-@_row(torch.exp, "exp")
-def _exp(read: Reader, node: Node, x: Any) -> None:
-    read.add(node, "exp", {"input": [read.data(x)]})
-
-
 @_row(torch.randn_like)
 def _noise(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "noise", {"input": [read.data(x)]})

@@ -20,11 +20,18 @@ ELU = tl.constexpr(KINDS["elu"].number)
 HARDSWISH = tl.constexpr(KINDS["hardswish"].number)
 SOFTPLUS = tl.constexpr(KINDS["softplus"].number)
 HARDTANH = tl.constexpr(KINDS["hardtanh"].number)
+SELU = tl.constexpr(KINDS["selu"].number)
+MISH = tl.constexpr(KINDS["mish"].number)
+EXP = tl.constexpr(KINDS["exp"].number)
+SIN = tl.constexpr(KINDS["sin"].number)
+COS = tl.constexpr(KINDS["cos"].number)
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
 _NORMAL_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
+_SELU_SCALE = tl.constexpr(1.0507009873554805)
+_SELU_SCALE_ALPHA = tl.constexpr(1.7580993408473766)
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _TWICE_LOG2_E = tl.constexpr(2.8853900817779268)
 # tanh(x) = x + x (_TANH_3 x^2 + ..) for |x| < 0.55, with a relative error of 4e-8.
@@ -89,6 +96,19 @@ def _gelu_inner(x):
 
 
 @triton.jit
+def _expm1_below_0(x, MATH: tl.constexpr = PORTABLE):
+    t = tanh(x * 0.5, MATH)
+    return 2.0 * t / (1.0 - t)  # cancels nowhere below 0
+
+
+@triton.jit
+def _mish_gate(x):
+    e = tl.exp(tl.where(x > 20, 20.0, x))  # where x is larger, the gate rounds to 1
+    dividend = e * (e + 2.0)
+    return dividend / (dividend + 2.0)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: tl.constexpr = 0.0,
              SECOND: tl.constexpr = 0.0):  # fmt: skip
     """x: float32 tile. FIRST and SECOND are the activation's parameters."""
@@ -107,8 +127,7 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
     elif ACTIVATION == LEAKY_RELU:
         return tl.where(x > 0, x, x * FIRST)
     elif ACTIVATION == ELU:
-        t = tanh(x * 0.5, MATH)
-        return tl.where(x > 0, x, 2.0 * t / (1.0 - t) * FIRST)  # exp(x) - 1, which cancels nowhere below 0
+        return tl.where(x > 0, x, _expm1_below_0(x, MATH) * FIRST)
     elif ACTIVATION == HARDSWISH:
         return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3.0)) / 6.0
     elif ACTIVATION == SOFTPLUS:
@@ -120,6 +139,16 @@ def activate(x, ACTIVATION: tl.constexpr, MATH: tl.constexpr = PORTABLE, FIRST: 
         return tl.where(scaled > SECOND, x, (tl.where(scaled <= 0, 0.0, scaled) + log1p) / FIRST)
     elif ACTIVATION == HARDTANH:
         return tl.where(x <= FIRST, FIRST, tl.where(x >= SECOND, SECOND, x))
+    elif ACTIVATION == SELU:
+        return tl.where(x > 0, x * _SELU_SCALE, _expm1_below_0(x, MATH) * _SELU_SCALE_ALPHA)
+    elif ACTIVATION == MISH:
+        return x * _mish_gate(x)
+    elif ACTIVATION == EXP:
+        return tl.exp(x)
+    elif ACTIVATION == SIN:
+        return tl.sin(x)
+    elif ACTIVATION == COS:
+        return tl.cos(x)
     else:
         return x
 
@@ -153,6 +182,17 @@ def activation_gradient(grad, saved, ACTIVATION: tl.constexpr, FIRST: tl.constex
         return tl.where(saved * FIRST > SECOND, grad, grad * sigmoid(saved * FIRST))
     elif ACTIVATION == HARDTANH:
         return tl.where((saved <= FIRST) | (saved >= SECOND), 0.0, grad)
+    elif ACTIVATION == SELU:
+        return grad * tl.where(saved <= 0, tl.exp(saved) * _SELU_SCALE_ALPHA, _SELU_SCALE)
+    elif ACTIVATION == MISH:
+        gate = _mish_gate(saved)
+        return grad * (gate + saved * sigmoid(saved) * (1.0 - gate * gate))
+    elif ACTIVATION == EXP:
+        return grad * saved
+    elif ACTIVATION == SIN:
+        return grad * tl.cos(saved)
+    elif ACTIVATION == COS:
+        return -grad * tl.sin(saved)
     else:
         return grad
 
@@ -172,4 +212,9 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "hardswish": _aten.hardswish_backward,
     "softplus": _aten.softplus_backward,
     "hardtanh": _aten.hardtanh_backward,
+    "selu": lambda grad, saved: _aten.elu_backward(grad, 1.6732632423543772, 1.0507009873554805, 1, False, saved),
+    "mish": _aten.mish_backward,
+    "exp": lambda grad, saved: grad * saved,
+    "sin": lambda grad, saved: grad * saved.cos(),
+    "cos": lambda grad, saved: -grad * saved.sin(),
 }

@@ -257,7 +257,6 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "embedding": lambda line, taken: [F.embedding(_one(taken, "input"), _one(taken, "weight"))],
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
     "binary": _binary,
-    "exp": lambda line, taken: [_one(taken, "input").exp()],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
     "softmax": _softmax,

@@ -67,7 +67,8 @@ def test_weights_of_all_layers_on_chip(dtype, device, assert_near, monkeypatch):
 
 @pytest.mark.parametrize("name", [*NAMES, "leaky_relu(0.3)", "elu(0.5)", "softplus(3.0,2.0)", "hardtanh(-0.5,2.0)"])
 def test_every_activation(name, device, assert_near):
-    check(19, (7, 12, 9, 6), (name, name, name), torch.float32, device, assert_near)
+    before = "tanh" if name == "exp" else name  # of exp of exp nothing is left but infinities
+    check(19, (7, 12, 9, 6), (before, before, name), torch.float32, device, assert_near)
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu"])

@@ -15,23 +15,6 @@ FASTNN_INLINE Numbers<C> number(int64_t place) {
   return Numbers<C>{} + static_cast<typename IntegerOf<C>::Type>(place);
 }
 
-template <class C>
-FASTNN_INLINE bool has_nan(Vec<C> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(C) == sizeof(float)) {
-    return _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q) != 0;
-  } else {
-    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)x, _CMP_UNORD_Q) != 0;
-  }
-#else
-  C lanes[kLanes<C>];
-  store(lanes, x);
-  bool found = false;
-  for (C lane : lanes) found |= lane != lane;
-  return found;
-#endif
-}
-
 // Updates `best` and its position by the pixel at a window position; of equal pixels the first stays. `careful` keeps
 // NaN, as torch's max-pool does.
 template <class C, bool with_winners, bool careful>

@@ -1,4 +1,4 @@
-// activation, binary, exp, dropout and noise in training: element by element.
+// activation, binary, dropout and noise in training: element by element.
 #pragma once
 
 #include "../layers/elementwise.h"
@@ -123,21 +123,6 @@ class BinaryTraining : public TrainingLayer<T> {
   BinaryKind kind_;
   T number_ = 0;
   bool reverses_;  // the second operand comes first
-  Tensor output_;
-};
-
-template <class T>
-class ExpTraining : public UnaryTraining<T> {
- public:
-  using UnaryTraining<T>::UnaryTraining;
-  void forward(Tensor* outputs) override {
-    outputs[0] = stock("aten::exp", "", this->input());
-    output_ = outputs[0].borrow();
-  }
-  Tensor gradient_of(const Tensor& gradient) override { return combined<T>(BinaryKind::mul, gradient, output_); }
-  void forget() override { output_ = Tensor(); }
-
- private:
   Tensor output_;
 };
 

@@ -24,7 +24,6 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"embedding", make_training<EmbeddingTraining, T>},
       {"activation", make_training<ActivationTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
-      {"exp", make_training<ExpTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
       {"softmax", make_training<SoftmaxTraining, T>},
@@ -61,7 +60,6 @@ inline std::vector<LayerEntry> training_entries() {
     return LayerEntry{name, std::move(inputs), std::move(attributes), nullptr, nullptr};
   };
   return {
-      entry("exp", {"input"}, {}),
       entry("dropout", {"input"}, {{"p", "float", nullptr}}),
       entry("noise", {"input"}, {}),
       entry("matmul", {"input", "other"}, {}),
