@@ -1,4 +1,4 @@
-"""The packed tanh and sigmoid against float64, in ULP, over every float32: ``python -m benchmarks.sweep_math``.
+"""Packed tanh, sigmoid, sin and cos against float64, in ULP, over every float32: ``python -m benchmarks.sweep_math``.
 
 Takes some minutes a function and instruction set: ``--function``, ``--instruction-set`` and ``--part 2/8`` cut it up,
 ``--step 101`` looks at every 101st number only. tests/test_math.py does that in seconds.
@@ -12,7 +12,7 @@ from torch import Tensor
 import fastnn
 from fastnn.testing import instruction_sets, using_instruction_set, using_threads
 
-FUNCTIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+FUNCTIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "sin": torch.sin, "cos": torch.cos}
 LIMIT = 4.0
 _BLOCK = 1 << 17  # numbers at a time: few enough for the cache
 

@@ -16,7 +16,9 @@ from fastnn.recurrent_modes import MODES
 from fastnn.reference.network import network
 from fastnn.testing import using_threads
 
-ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu")
+ACTIVATIONS = (
+    *("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu", "sin", "mish"),
+)
 
 
 @dataclass
@@ -403,6 +405,29 @@ def _pad(b: _Builder) -> None:
         b.add("pad", {"input": [x]}, sizes, padding=padding, value=b.random.uniform(-1, 1))
 
 
+def _repeat(b: _Builder) -> None:
+    """A value is expanded or repeated, or there is a constant of its sizes."""
+    x = b.random.choice(b.values)
+    kind, like = b.random.choice(("expand", "repeat", "full")), {"input": [x], "like": [x]}
+    written: list[Any] = [f"0.{dim}" if b.random.random() < 0.5 else size for dim, size in enumerate(x.sizes)]
+    if kind == "full":
+        attributes: dict[str, Any] = {"is_like": True} if b.random.random() < 0.5 else {"sizes": written}
+        b.add("full", {"like": [x]}, x.sizes, value=b.random.uniform(-1, 1), **attributes)
+        return
+    more = [b.random.randint(1, 3)] if len(x.sizes) < 4 and b.random.random() < 0.5 else []
+    if kind == "repeat":
+        times = [b.random.choice((1, 1, 2, 3)) for _ in (*more, *x.sizes)]
+        sizes = [time * size for time, size in zip(times, (*[1 for _ in more], *x.sizes), strict=True)]
+        written = times
+    else:
+        grown = [b.random.randint(2, 3) if size == 1 else size for size in x.sizes]
+        kept = [-1] * len(x.sizes) if b.random.random() < 0.3 else written
+        written = [*more, *(k if one == size else one for k, size, one in zip(kept, x.sizes, grown, strict=True))]
+        sizes = [*more, *grown]
+    if sizes and torch.Size(sizes).numel() < 5000:
+        b.add(kind, like, sizes, sizes=written)
+
+
 _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and how
     "conv": (6, _conv),
     "conv_transpose": (1, _conv_transpose),
@@ -417,6 +442,7 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "adaptive": (1, _adaptive),
     "reshape": (2, _reshape),
     "view": (2, _view),
+    "repeat": (1, _repeat),
     "split": (1, _split),
     "gate": (1, _gate),
     "permute": (1, _permute),

@@ -270,7 +270,6 @@ class TestModules:
         with pytest.raises(RuntimeError, match="expected stride to be a single integer value or a list of 2 values"):
             module(input)
 
-    @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
     @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
     @pytest.mark.parametrize("padding", ["same", "valid", 1])
     @pytest.mark.parametrize("kernel_size", [3, 4])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fusing import Scaled, run_and_list
+from test_training_networks import MODELS
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -1201,3 +1202,47 @@ def test_what_cannot_be_exported_is_named_by_its_line() -> None:
 
     with pytest.raises(ValueError, match=r"torch.export cannot take Decides: .*if x\.sum\(\) > 0"):
         fastnn.freeze(Decides(), torch.randn(3, 4))
+
+
+# ---- the networks that training takes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_networks(name: str, dtype: torch.dtype) -> None:
+    make, sizes = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval().to(dtype)
+    frozen = fastnn.freeze(model, torch.randn(sizes, dtype=dtype))
+    assert isinstance(frozen, fastnn.FrozenModel) or name == "attention"  # which multiplies what it has computed
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-3
+    for batch in (sizes[0], 1, 9):
+        x = torch.randn(batch, *sizes[1:], dtype=dtype)
+        assert_close(frozen(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+class Siren(nn.Module):
+    """Each layer enlarges the rounding errors of the one before some fifteen times."""
+
+    def __init__(self, factor: float = 30.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 64)])
+        self.out, self.factor = nn.Linear(64, 1), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.sin(self.factor * layer(x))
+        return self.out(x)
+
+
+def test_a_model_that_enlarges_rounding_errors() -> None:
+    torch.manual_seed(0)
+    model, x = Siren(), torch.rand(300, 2) * 2 - 1
+    exact = copy.deepcopy(model).double()(x.double()).detach()
+    with torch.no_grad():
+        results = (fastnn.freeze(model, x)(x), model(x))
+    ours, models = (float((one.double() - exact).abs().max()) for one in results)
+    assert ours <= 4 * models
+    with pytest.raises(ValueError, match="with other values"):  # of which float32 leaves nothing
+        fastnn.freeze(Siren(3000.0), x)

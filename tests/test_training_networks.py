@@ -216,6 +216,54 @@ class WithFrozen(By):
         return self
 
 
+def _coordinates(m: Any, x: Tensor) -> Tensor:
+    waves = [wave(x * 2.0**k) for k in range(2) for wave in (torch.sin, torch.cos)]
+    h = m.body(torch.cat([x, x.sin(), *waves], -1))
+    return torch.cat([torch.sigmoid(m.color(h)), torch.exp(-m.density(h))], -1)
+
+
+def _flow(m: Any, x: Tensor) -> Tensor:
+    logarithm = x.new_zeros(x.size(0))
+    for scale, shift in zip(m.scales, m.shifts, strict=True):
+        s = torch.tanh(scale(x))
+        x = x * torch.exp(s) + shift(x) * torch.full_like(x, 0.25)
+        logarithm = logarithm + s.sum(-1)
+    return torch.cat([x, logarithm.unsqueeze(-1), torch.ones(x.shape[0], 2, dtype=x.dtype)], -1)
+
+
+def _conv_lstm(m: Any, x: Tensor) -> Tensor:
+    h = c = x.new_zeros(x.size(0), 4, x.size(3), x.size(4))
+    for step in range(3):
+        i, f, g, o = m.conv(torch.cat([x[:, step], h], 1)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+    return m.out(h)
+
+
+def _repeats(m: Any, x: Tensor) -> Tensor:
+    _, (h, _) = m.encoder(x)
+    code = h[-1]
+    y, _ = m.decoder(code.unsqueeze(1).repeat(1, x.size(1), 1))
+    style = m.style(code).unsqueeze(1).expand(-1, x.size(1), -1)
+    return m.out(y) * style + m.style(code).unsqueeze(1).expand(x.size(0), x.size(1), 3).sin()
+
+
+def _squeeze_and_expand(m: Any, x: Tensor) -> Tensor:
+    x = torch.relu(m.conv(x))
+    gate = torch.sigmoid(m.wide(torch.relu(m.narrow(x.mean((2, 3)))))).view(x.size(0), -1, 1, 1)
+    return m.out(x * gate.expand_as(x)) + gate[:, :2].expand_as(m.out(x))
+
+
+def _shuffles_pixels(m: Any, x: Tensor) -> Tensor:
+    h = m.body(F.pixel_unshuffle(m.act(m.first(x)), 2))
+    return F.pixel_shuffle(m.ends(m.out(m.up(h))), 3)
+
+
+def _uneven(m: Any, x: Tensor) -> Tensor:
+    h = F.elu(m.space(m.norm(m.time(x))))
+    return F.selu(m.valid(m.point(F.mish(m.late(h)))))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "residual": (lambda: By(_residual, **_residual_layers()), (4, 3, 9, 8)),
     "u-net": (lambda: By(_u_net, **_u_net_layers()), (2, 2, 12, 8)),
@@ -277,6 +325,46 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
             norm3=nn.BatchNorm2d(8, affine=False), wide=nn.BatchNorm2d(8), rows=nn.BatchNorm1d(8), fc=nn.Linear(8, 3),
         ),
         (4, 3, 9, 8),
+    ),
+    "coordinates": (
+        lambda: By(_coordinates, body=_mlp(18, 16, 16), density=nn.Linear(16, 1), color=nn.Linear(16, 3)), (7, 3)
+    ),
+    "flow": (
+        lambda: By(
+            _flow, scales=nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]),
+            shifts=nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]),
+        ),
+        (5, 6),
+    ),
+    "conv lstm": (lambda: By(_conv_lstm, conv=nn.Conv2d(6, 16, 3, padding=1), out=nn.Conv2d(4, 1, 1)), (2, 3, 2, 6, 5)),
+    "sequence autoencoder": (
+        lambda: By(
+            _repeats, encoder=nn.LSTM(3, 6, batch_first=True), decoder=nn.GRU(6, 5, batch_first=True),
+            out=nn.Linear(5, 3), style=nn.Linear(6, 3),
+        ),
+        (4, 5, 3),
+    ),
+    "squeeze and expand": (
+        lambda: By(
+            _squeeze_and_expand, conv=nn.Conv2d(3, 8, 3, padding=1), narrow=nn.Linear(8, 2), wide=nn.Linear(2, 8),
+            out=nn.Conv2d(8, 2, 1),
+        ),
+        (3, 3, 6, 5),
+    ),
+    "super-resolution": (
+        lambda: By(
+            _shuffles_pixels, first=nn.Conv2d(2, 4, 3, padding=1), body=nn.Conv2d(16, 16, 3, padding=1),
+            up=nn.PixelShuffle(2), out=nn.Conv2d(4, 18, 1), act=nn.Mish(), ends=nn.SELU(),
+        ),
+        (2, 2, 6, 8),
+    ),
+    "uneven padding": (
+        lambda: By(
+            _uneven, time=nn.Conv2d(1, 4, (1, 6), padding="same", bias=False), norm=nn.BatchNorm2d(4),
+            space=nn.Conv2d(4, 8, (5, 1), groups=4), late=nn.Conv2d(8, 8, (1, 4), padding="same", groups=8),
+            point=nn.Conv2d(8, 3, 1, padding="valid"), valid=nn.Conv2d(3, 3, (1, 2), padding="valid"),
+        ),
+        (3, 1, 5, 16),
     ),
     "frozen statistics": (
         lambda: WithFrozen(
@@ -351,6 +439,49 @@ def test_two_inputs_and_an_embedding() -> None:
     _follow(
         _pair(make, torch.float64), F.cross_entropy, inputs, torch.randint(0, 5, (6,)), "one operator call", 1e-9
     )  # fmt: skip
+
+
+def test_hardsigmoid() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.fc(x * m.hard(m.gate(x))) + F.hardsigmoid(m.fc(x))
+
+    def make() -> nn.Module:
+        return By(forward, gate=nn.Linear(5, 5), hard=nn.Hardsigmoid(), fc=nn.Linear(5, 2))
+
+    # In single precision alone: torch's gradient has the factor 1/6 in single precision, whatever the dtype.
+    models, x = _pair(make, torch.float32), torch.randn(9, 5) * 4
+    assert_close(fastnn.freeze(models[0], x)(x), models[0](x))
+    _follow(models, F.mse_loss, [x], torch.randn(9, 2), "one operator call", 1e-5)
+
+
+def test_a_table_with_a_column_for_each_embedding() -> None:
+    def forward(m: Any, numbers: Tensor, y: Tensor) -> Tensor:
+        found = [embedding(numbers[:, i]) for i, embedding in enumerate(m.embeddings)]
+        return m.fc(torch.cat([*found, m.embeddings[2](numbers[:, -1]), y], dim=-1))
+
+    def make() -> nn.Module:
+        embeddings = nn.ModuleList([nn.Embedding(rows, 3) for rows in (4, 9, 5)])
+        return OfTwo(forward, embeddings=embeddings, fc=nn.Linear(14, 2))
+
+    torch.manual_seed(1)
+    inputs = [torch.randint(0, 4, (6, 3)), torch.randn(6, 2, dtype=torch.float64)]
+    for numbers in (inputs[0], inputs[0].t().contiguous().t()):
+        models = _pair(make, torch.float64)
+        target = torch.randn(6, 2, dtype=torch.float64)
+        _follow(models, F.mse_loss, [numbers, inputs[1]], target, "one operator call", 1e-9)
+    fused, frozen = fastnn.fuse(copy.deepcopy(models[0])), fastnn.freeze(models[0], tuple(inputs))
+    assert isinstance(frozen, fastnn.FrozenModel)
+    with torch.no_grad():
+        for batch in (6, 1, 4):
+            given = [one[:batch] for one in inputs]
+            expected = models[0](*given)
+            assert_close(frozen(*given), expected)
+            assert_close(fused(*given), expected)
+    wrong = inputs[0].clone()
+    wrong[3, 1] = 9
+    for run in (models[0], fused, frozen):
+        with pytest.raises((IndexError, RuntimeError), match="index out of range"):
+            run(wrong, inputs[1])
 
 
 def test_a_padding_that_is_counted_from_the_end() -> None:

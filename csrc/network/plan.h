@@ -171,7 +171,8 @@ class Plan {
       };
       for (size_t k = 0; k < layer.inputs.size(); ++k) site.inputs[k].format = format_of(layer.inputs[k]);
       for (size_t k = 0; k < layer.outputs.size(); ++k) site.outputs[k].format = format_of(layer.outputs[k]);
-      const int key = site.inputs[0].channels_last() * 2 + site.outputs[0].channels_last();
+      const bool takes_last = !site.inputs.empty() && site.inputs[0].channels_last();
+      const int key = takes_last * 2 + site.outputs[0].channels_last();
       const auto [entry, is_new] = known.try_emplace({step, key}, 0.0);
       if (is_new && !site.is_empty()) entry->second = layer.cost(site);
       return entry->second;

@@ -6,6 +6,7 @@ with the reason, and torch runs the node.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from math import prod
@@ -27,6 +28,9 @@ _END = 2**63 - 1  # the end of a slice that has none
 ANCHORS = ("conv", "conv_transpose", "linear", "rnn", "embedding", "layer_norm")
 
 
+_UNKNOWN_SIZES = "has sizes that follow from the input's in a way that a frozen model does not know"
+
+
 class NotALayerError(Exception):
     """Why a node is no layer of a network."""
 
@@ -40,6 +44,8 @@ class Reader:
         self.values: dict[Node, Value] = {}
         self.taken: set[Value] = set()  # the values that are some node's result
         self.parts: dict[Node, list[Value]] = {}  # the results of a node that has several
+        # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
+        self.columns: dict[Node, tuple[Node, int, int]] = {}
         self.lines: list[Line] = []  # the lines of the node that is being read
         kinds = {tensor.dtype for tensor in constants.values() if tensor.is_floating_point()}
         self.dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
@@ -50,6 +56,8 @@ class Reader:
         if read is None:
             raise NotALayerError("has no counterpart in a frozen model")
         result = node.meta.get("val")
+        if self._is_column(node):
+            return []
         if isinstance(result, Tensor) and result.dtype != self.dtype:
             raise NotALayerError(f"gives {result.dtype}")
         self.lines = []
@@ -58,6 +66,22 @@ class Reader:
         except (TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
             raise NotALayerError(f"has arguments that a frozen model does not know: {error}") from error
         return self.lines
+
+    def _is_column(self, node: Node) -> bool:
+        """Notes a node that chooses one column of an input of integers, as in x[:, 2], which embeddings alone take."""
+        if node.target not in (_aten.select.int, _aten.slice.Tensor) or node.meta["val"].dtype != torch.int64:
+            return False
+        if not all(self._is_column(user) or user.target is _aten.embedding.default for user in node.users):
+            return False
+        given: Any = node.args[0]
+        if node.target is _aten.slice.Tensor:  # of the whole, which comes before a number that chooses
+            return _same(_sizes(given), _sizes(node)) and given.op == "placeholder"
+        if given.target is _aten.slice.Tensor and given.op != "placeholder":
+            given = given.args[0]
+        if given.op != "placeholder" or not all(type(one) is int for one in node.args[1:]):
+            return False
+        self.columns[node] = given, node.args[1], node.args[2]  # type: ignore[assignment]
+        return True
 
     # ---- what rows use ----
 
@@ -76,6 +100,13 @@ class Reader:
             known = self.values[node] = Value(given.shape, None if tensor is None else tensor.detach())
             self.taken.add(known)
         return known
+
+    def _may_be_value(self, node: Node) -> bool:
+        """Whether a placeholder is an input of the model that a program can have."""
+        given = node.meta.get("val")
+        if node.name in self.constants or not isinstance(given, Tensor):
+            return False
+        return given.dtype in (self.dtype, torch.int64)
 
     def data(self, node: Any) -> Value:
         """The value that is the node's result, which must not be a weight."""
@@ -114,33 +145,48 @@ class Reader:
         self.taken.add(value)
 
     def reshape(self, value: Value, sizes: Sequence[Any], asked: Sequence[Any] = ()) -> Value:
-        """Reshapes a value to these sizes. A size that depends on the inputs is written as the dimension of some value
-        that has this size; for one size that can be left out, since it follows from the others. asked: the sizes in the
-        model's own call, which may contain -1."""
+        """Reshapes a value to these sizes. Of the sizes that depend on the inputs one can be left out, since it follows
+        from the others. asked: the sizes in the model's own call, which may contain -1."""
         if _same(value.sizes, sizes):
             return value
+        written, like = self.write_sizes(sizes, value, asked or sizes)
+        if written.count(-1) > 1:
+            raise NotALayerError(_UNKNOWN_SIZES)
+        return self.add("reshape", {"input": [value], "like": like}, sizes, sizes=written)
+
+    def write_sizes(
+        self, sizes: Sequence[Any], first: Value | None = None, asked: Sequence[Any] = ()
+    ) -> tuple[list[Any], list[Value]]:
+        """Sizes as a program has them -> these, and the values `like`. A size that depends on the inputs is written as
+        the dimension of some value that has this size, or as -1 where there is none. It looks at the value `first`
+        before others."""
         written: list[Any] = []
         like: list[Value] = []
         for size, wanted in zip(sizes, asked or sizes, strict=True):
             if isinstance(wanted, int) or isinstance(size, int):
                 written.append(wanted if isinstance(wanted, int) else size)
                 continue
-            found = self._size_of_some(value, size)
+            found = self._size_of_some(first, size)
             if found is None:
                 written.append(-1)
                 continue
             if found[0] not in like:
                 like.append(found[0])
             written.append(f"{like.index(found[0])}.{found[1]}")
-        if written.count(-1) > 1:
-            raise NotALayerError("has sizes that follow from the input's in a way that a frozen model does not know")
-        inputs = {"input": [value], "like": like} if like else {"input": [value]}
-        return self.add("reshape", inputs, sizes, sizes=written)
+        return written, like
 
-    def _size_of_some(self, value: Value, size: Any) -> tuple[Value, int] | None:
-        """Finds a value and a dimension of it that has this size. It looks at this value first."""
-        known = [value, *(one for one in self.values.values() if one.tensor is None)]
-        for one in known:
+    def whole_sizes(self, sizes: Sequence[Any], first: Value | None = None) -> tuple[list[Any], list[Value]]:
+        """The same, of sizes of which each must be known."""
+        written, like = self.write_sizes(sizes, first)
+        if -1 in written:
+            raise NotALayerError(_UNKNOWN_SIZES)
+        return written, like
+
+    def _size_of_some(self, first: Value | None, size: Any) -> tuple[Value, int] | None:
+        """Finds a value and a dimension of it that has this size."""
+        known = [one for one in self.values.values() if one.tensor is None]
+        inputs = (self.value(node) for node in self.nodes if node.op == "placeholder" and self._may_be_value(node))
+        for one in itertools.chain([] if first is None else [first], known, inputs):
             for dim, other in enumerate(one.sizes):
                 if not isinstance(other, int) and str(other) == str(size):
                     return one, dim
@@ -207,19 +253,18 @@ def _conv(
     given = read.weights(weight=weight, bias=bias)
     kernel = given["weight"][0].sizes[2:]
     dims = len(kernel)
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(_numbers(dilation, dims), kernel, strict=True)]
-        if padding == "valid":
-            padding = 0
-        elif any(one % 2 for one in total):
-            raise NotALayerError("pads more on one side than on the other")
-        else:
-            padding = [one // 2 for one in total]
-    settings = {"stride": stride, "padding": padding, "dilation": dilation}
-    attributes: dict[str, Any] = {name: _numbers(value, dims) for name, value in settings.items()}
     value = read.data(x)
     if len(value.sizes) != dims + 2:
         raise NotALayerError("is a single image without a batch")
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_numbers(dilation, dims), kernel, strict=True)]
+        padding = [one // 2 for one in total]
+        if any(one % 2 for one in total):  # one row more behind the input
+            sizes = [*value.sizes[:2], *(size + one % 2 for size, one in zip(value.sizes[2:], total, strict=True))]
+            more = [side for one in reversed(total) for side in (0, one % 2)]
+            value = read.add("pad", {"input": [value]}, sizes, padding=more, value=0.0)
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    attributes: dict[str, Any] = {name: _numbers(value, dims) for name, value in settings.items()}
     read.finish(node, read.add("conv", {"input": [value], **given}, _sizes(node), **attributes, groups=groups))
 
 
@@ -276,10 +321,15 @@ def _mlp(read: Reader, node: Node, x: Any, parameters: Any, text: str) -> None:
 
 @_row(_aten.embedding.default)
 def _embedding(read: Reader, node: Node, weight: Any, numbers: Any, *rest: Any) -> None:
+    column: dict[str, Any] = {}
+    if numbers in read.columns:
+        numbers, dim, index = read.columns[numbers]
+        column = {"selects": True, "dim": dim, "index": index}
     value = read.value(numbers)
     if numbers.meta["val"].dtype != torch.int64 or numbers.op != "placeholder":
         raise NotALayerError("takes numbers that are no input of the model")
-    read.finish(node, read.add("embedding", {"input": [value], **read.weights(weight=weight)}, _sizes(node)))
+    inputs = {"input": [value], **read.weights(weight=weight)}
+    read.finish(node, read.add("embedding", inputs, _sizes(node), **column))
 
 
 @_row(_aten.batch_norm.default)
@@ -465,6 +515,7 @@ def _binary(read: Reader, node: Node, x: Any, y: Any, alpha: Any = 1, **named: A
     if isinstance(x, (int, float)):
         read.finish(node, read.binary(function, read.data(y), x, reverses=True))
         return
+    x, y = _without_expand(x, node), _without_expand(y, node)
     first, second = read.value(x), read.value(y)
     if first.tensor is not None:  # the first operand of a line is computed
         first, second, reverses = second, first, not reverses
@@ -473,6 +524,15 @@ def _binary(read: Reader, node: Node, x: Any, y: Any, alpha: Any = 1, **named: A
             raise NotALayerError("takes integers")
     inputs = {"input": [first], "other": [second]}
     read.finish(node, read.add("binary", inputs, _sizes(node), function=function, reverses=reverses))
+
+
+def _without_expand(operand: Node, result: Node) -> Any:
+    """Of a tensor that is expanded before it is an operand, the tensor: an operand broadcasts by itself."""
+    if operand.target not in (_aten.expand.default, _aten.expand_as.default):
+        return operand
+    others = [one for one in result.all_input_nodes if one is not operand]
+    alike = [one for one in others if _same(_sizes(one), _sizes(operand))]
+    return operand.args[0] if alike else operand
 
 
 @_row(_aten.neg.default)
@@ -625,6 +685,54 @@ def _view(read: Reader, node: Node, x: Any, sizes: Sequence[Any]) -> None:
 )
 def _reshape(read: Reader, node: Node, x: Any, *rest: Any, **named: Any) -> None:
     read.finish(node, read.reshape(read.data(x), _sizes(node)))
+
+
+@_row(_aten.expand.default)
+def _expand(read: Reader, node: Node, x: Any, sizes: Sequence[Any], *rest: Any, **named: Any) -> None:
+    value = read.data(x)
+    if _same(value.sizes, _sizes(node)):
+        return read.finish(node, value)
+    written, like = read.whole_sizes(_sizes(node), value)
+    read.finish(node, read.add("expand", {"input": [value], "like": like}, _sizes(node), sizes=written))
+
+
+@_row(_aten.expand_as.default)
+def _expand_as(read: Reader, node: Node, x: Any, other: Any) -> None:
+    inputs = {"input": [read.data(x)], "like": [read.value(other)]}
+    read.finish(node, read.add("expand", inputs, _sizes(node)))
+
+
+@_row(_aten.repeat.default)
+def _repeat(read: Reader, node: Node, x: Any, repeats: Sequence[Any]) -> None:
+    numbers = [one.meta["val"] if isinstance(one, Node) else one for one in repeats]
+    written, like = read.whole_sizes(numbers)
+    read.finish(node, read.add("repeat", {"input": [read.data(x)], "like": like}, _sizes(node), sizes=written))
+
+
+@_row(
+    *(_aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.new_zeros.default, _aten.new_ones.default),
+    *(_aten.new_full.default, _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default),
+)
+def _full(read: Reader, node: Node, *given: Any, **named: Any) -> None:
+    name = node.target.__name__  # type: ignore[union-attr]
+    number = 0.0 if "zeros" in name else 1.0 if "ones" in name else given[2 if name.startswith("new") else 1]
+    if type(number) not in (int, float):
+        raise NotALayerError("is full of something that is computed")
+    written, like = read.whole_sizes(_sizes(node))
+    read.finish(node, read.add("full", {"like": like}, _sizes(node), sizes=written, value=float(number)))
+
+
+@_row(_aten.pixel_shuffle.default, _aten.pixel_unshuffle.default)
+def _pixel_shuffle(read: Reader, node: Node, x: Any, r: int) -> None:
+    value, found = read.data(x), _sizes(node)
+    if len(found) != 4:
+        raise NotALayerError("is a single image without a batch")
+    apart: tuple[Any, ...]
+    if node.target is _aten.pixel_shuffle.default:
+        apart, dims = (*found[:2], r, r, *value.sizes[2:]), (0, 1, 4, 2, 5, 3)
+    else:
+        apart, dims = (*value.sizes[:2], found[2], r, found[3], r), (0, 1, 3, 5, 2, 4)
+    read.finish(node, read.reshape(read.permute(read.reshape(value, apart), dims), found))
 
 
 @_row(_aten.permute.default)

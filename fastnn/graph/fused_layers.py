@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -74,7 +74,12 @@ class Reader:
         self.computed: dict[Value, str] = {}
         self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
         self.given = list(self.values.values())
-        self.integers: set[Value] = set()
+        self.integers: set[Value] = set()  # inputs of integers, which embeddings take
+        self.floats: set[Value] = set()  # values that must hold floating-point numbers
+        # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
+        self.columns: dict[Node, tuple[Value, int, int]] = {}
+        # Of a node that is many times one number: the inputs and attributes of its line, which each use makes anew.
+        self.constants: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
         self.parts: dict[Node, Any] = {}
         self.shapes: dict[Node, Value] = {}
         # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
@@ -156,6 +161,9 @@ class Reader:
                 return known
             if node in self.tensors:
                 return self.tensor_of_model(*self.tensors[node])
+            if node in self.constants:
+                inputs, attributes = self.constants[node]
+                return self.add(None, "full", inputs, **attributes)
         raise NotANetworkError(f"{getattr(node, 'name', 'something')} is computed from something else")
 
     def data(self, node: Any) -> Value:
@@ -163,7 +171,13 @@ class Reader:
         value = self.value(node)
         if value in self.integers:
             raise NotANetworkError("an input of integers goes to more than embeddings")
+        self.floats.add(value)
         return value
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the model's parameters; None where it has none of floating point."""
+        held = (one for module in self.modules.values() for one in module._parameters.values())
+        return next((one.dtype for one in held if one is not None and one.is_floating_point()), None)
 
     def tensor_of_model(self, container: Any, name: Any) -> Value:
         if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
@@ -248,10 +262,36 @@ class Reader:
         elif layer.kind == "batch_norm":
             self._add_norm_alone(node, layer, inputs)
         elif layer.kind.startswith("conv"):
-            self.add(node, "conv", inputs, **_convolution(layer))
+            self._add_convolution(node, layer, inputs)
         else:
             self._add_max_pool(node, layer, inputs["input"])
         return True
+
+    def _add_convolution(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
+        settings = layer.settings
+        if settings.get("padding_mode", "zeros") != "zeros":
+            raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {settings['padding_mode']}")
+        stride, dilation = (_each(settings[name], layer.dims) for name in ("stride", "dilation"))
+        padding = settings["padding"]
+        if isinstance(padding, str) and layer.module is None:  # no guard notes the kernel's size
+            raise NotANetworkError(f"{layer.name}'s padding is {padding!r}")
+        inputs["input"], padding = self.padded(inputs["input"][0], padding, inputs["weight"][0], stride, dilation)
+        self.add(node, "conv", inputs, stride=stride, padding=padding, dilation=dilation, groups=settings["groups"])
+
+    def padded(
+        self, value: Value, padding: Any, weight: Value, stride: Sequence[int], dilation: Sequence[int]
+    ) -> tuple[list[Value], list[int]]:
+        """A convolution's input and padding. Where "same" pads unevenly, the input has one more row behind it."""
+        dims = len(stride)
+        if not isinstance(padding, str):
+            return [value], _each(padding, dims)
+        if padding not in ("same", "valid") or len(weight.sizes) != dims + 2 or (padding == "same" and max(stride) > 1):
+            raise NotANetworkError(f"a convolution's padding is {padding!r}")
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.sizes[2:], strict=True)]
+        if any(one % 2 for one in total):
+            more = [side for one in reversed(total) for side in (0, one % 2)]
+            value = self.add(None, "pad", {"input": [value]}, padding=more, value=0.0)
+        return [value], [one // 2 for one in total]
 
     def _note_settings(self, layer: Layer) -> None:
         if layer.module is not None:
@@ -309,16 +349,6 @@ def _each(numbers: Any, dims: int) -> list[int]:
     if len(given) != dims or not all(type(one) is int for one in given):
         raise NotANetworkError("a layer has settings that are not as many numbers as dimensions")
     return given
-
-
-def _convolution(layer: Layer) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a plain convolution."""
-    settings = layer.settings
-    if settings.get("padding_mode", "zeros") != "zeros" or isinstance(settings["padding"], str):
-        mode = settings.get("padding_mode", "zeros")
-        raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {mode}")
-    names = ("stride", "padding", "dilation")
-    return {**{name: _each(settings[name], layer.dims) for name in names}, "groups": settings["groups"]}
 
 
 def _name(node: Node, modules: dict[str, nn.Module]) -> str:
@@ -458,11 +488,11 @@ def _conv_batch_norm_relu_max_pool(
 ) -> None:  # fmt: skip
     convolved = read.value(weight)
     dims = len(convolved.sizes) - 2
-    if isinstance(padding, str):
-        raise NotANetworkError(f"a convolution's padding is {padding!r}")
+    steps, apart = _each(stride, dims), _each(dilation, dims)
+    padded, around = read.padded(read.data(x), padding, convolved, steps, apart)
     value = read.add(
-        None, "conv", {"input": [read.data(x)], "weight": [convolved], "bias": read.optional(bias)},
-        stride=_each(stride, dims), padding=_each(padding, dims), dilation=_each(dilation, dims), groups=groups,
+        None, "conv", {"input": padded, "weight": [convolved], "bias": read.optional(bias)},
+        stride=steps, padding=around, dilation=apart, groups=groups,
     )  # fmt: skip
     norm = {"mean": mean, "variance": var, "weight": gamma, "bias": beta}
     inputs = {"input": [value], **{name: read.optional(one) for name, one in norm.items()}}
@@ -507,11 +537,6 @@ def _is_zeros(node: Any, features: int) -> bool:
     sizes: Any = node.args if node.target is torch.zeros else node.args[1:]
     sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     return bool(sizes) and bool(sizes[-1] == features)
-
-
-@_row(torch.zeros, "new_zeros")
-def _zeros(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
-    """Zeros may only be states. A use as anything else raises there."""
 
 
 def _states(read: Reader, given: Any, features: Sequence[int]) -> list[Value]:
@@ -615,6 +640,8 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
     reverses = not isinstance(x, Node)
     if reverses:
         x, y = y, x
+    if isinstance(y, Node):  # an operand broadcasts by itself
+        x, y = _without_expand(x, y), _without_expand(y, x)
     inputs = {"input": [read.data(x)]}
     if isinstance(y, Node):
         read.add(node, "binary", {**inputs, "other": [read.data(y)]}, function=function)
@@ -622,6 +649,11 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
         read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
     else:
         raise NotANetworkError(f"{function} takes a {type(y).__name__}")
+
+
+def _without_expand(node: Node, other: Node) -> Any:
+    """Of a tensor that is expanded to the sizes of the other operand, the tensor."""
+    return node.args[0] if node.target == "expand_as" and node.args[1:] == (other,) else node
 
 
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
@@ -656,6 +688,18 @@ def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> No
 @_row(operator.neg, torch.neg, "neg")
 def _neg(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+
+
+@_row(F.hardsigmoid)
+def _hardsigmoid(read: Reader, node: Node, x: Any, inplace: bool = False) -> None:
+    above = read.add(None, "binary", {"input": [read.data(x)]}, function="add", number=3.0)
+    within = read.add(None, "activation", {"input": [above]}, activation="hardtanh(0.0,6.0)")
+    read.add(node, "binary", {"input": [within]}, function="div", number=6.0)
+
+
+@_module(nn.Hardsigmoid)
+def _hardsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _hardsigmoid(read, node, x)
 
 
 @_row(torch.square, "square")
@@ -729,15 +773,28 @@ def _embedding(read: Reader, node: Node, x: Any, weight: Any, padding_idx: Any =
 
 
 def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], padding: Any) -> None:
-    numbers = read.value(x)
+    column: dict[str, Any] = {}
+    if x in read.columns:
+        numbers, dim, index = read.columns[x]
+        column = {"selects": True, "dim": dim, "index": index}
+    else:
+        numbers = read.value(x)
     if numbers not in read.given:
         raise NotANetworkError("an embedding takes numbers that are no input of the model")
-    if any(numbers in line.taken() for line in read.lines if line.layer != "embedding"):
+    if numbers in read.floats:
         raise NotANetworkError("an input of integers goes to more than embeddings")
     if padding is not None and padding < 0:  # torch counts it from the end
         padding += weight[0].sizes[0]
     read.integers.add(numbers)
-    read.add(node, "embedding", {"input": [numbers], "weight": weight}, padding_idx=-1 if padding is None else padding)
+    inputs = {"input": [numbers], "weight": weight}
+    read.add(node, "embedding", inputs, padding_idx=-1 if padding is None else padding, **column)
+
+
+def _takes_numbers(read: Reader, node: Node) -> bool:
+    """Whether a node is an embedding."""
+    if node.op == "call_module":
+        return _MODULES.get(layer_forward(read.modules[str(node.target)])) is _embedding_module
+    return node.target is F.embedding
 
 
 @_module(nn.LayerNorm)
@@ -927,8 +984,13 @@ def _flatten(read: Reader, node: Node, x: Any, start_dim: int = 0, end_dim: int 
 def _view(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
     if named or not sizes or any(isinstance(one, torch.dtype) for one in sizes):
         raise NotANetworkError("a view is of another dtype")
+    written, like = _write_sizes(read, sizes)
+    read.add(node, "reshape", {"input": [read.data(x)], "like": like}, sizes=written)
+
+
+def _write_sizes(read: Reader, sizes: Sequence[Any]) -> tuple[list[Any], list[Value]]:
+    """Sizes that a call gives, one by one or in a tuple, as a program has them -> these, and the values `like`."""
     asked = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    value = read.data(x)
     written: list[Any] = []
     like: list[Value] = []
     for size in asked:
@@ -944,8 +1006,119 @@ def _view(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
         elif type(size) is int:
             written.append(size)
         else:
-            raise NotANetworkError("a view's sizes are computed")
-    read.add(node, "reshape", {"input": [value], "like": like}, sizes=written)
+            raise NotANetworkError("a tensor's sizes are computed")
+    return written, like
+
+
+@_row("expand", "broadcast_to", torch.broadcast_to)
+def _expand(read: Reader, node: Node, x: Any, *sizes: Any) -> None:
+    written, like = _write_sizes(read, sizes)
+    read.add(node, "expand", {"input": [read.data(x)], "like": like}, sizes=written)
+
+
+@_row("expand_as")
+def _expand_as(read: Reader, node: Node, x: Any, other: Any) -> None:
+    read.add(node, "expand", {"input": [read.data(x)], "like": [read.value(other)]})
+
+
+@_row("repeat")
+def _repeat(read: Reader, node: Node, x: Any, *sizes: Any) -> None:
+    written, like = _write_sizes(read, sizes)
+    read.add(node, "repeat", {"input": [read.data(x)], "like": like}, sizes=written)
+
+
+@_row(torch.zeros)
+def _zeros(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
+    _note_constant(read, node, sizes, 0.0, **named)
+
+
+@_row(torch.ones)
+def _ones(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
+    _note_constant(read, node, sizes, 1.0, **named)
+
+
+@_row("new_zeros")
+def _new_zeros(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
+    _note_constant(read, node, sizes, 0.0, read.data(x), **named)
+
+
+@_row("new_ones")
+def _new_ones(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
+    _note_constant(read, node, sizes, 1.0, read.data(x), **named)
+
+
+@_row("new_full")
+def _new_full(read: Reader, node: Node, x: Any, size: Any, fill_value: Any, **named: Any) -> None:
+    _note_constant(read, node, size, fill_value, read.data(x), **named)
+
+
+@_row(torch.zeros_like)
+def _zeros_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
+    _note_constant(read, node, None, 0.0, read.data(x), **named)
+
+
+@_row(torch.ones_like)
+def _ones_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
+    _note_constant(read, node, None, 1.0, read.data(x), **named)
+
+
+@_row(torch.full_like)
+def _full_like(read: Reader, node: Node, x: Any, fill_value: Any, **named: Any) -> None:
+    _note_constant(read, node, None, fill_value, read.data(x), **named)
+
+
+def _note_constant(
+    read: Reader, node: Node, sizes: Any, number: Any, like: Value | None = None, /, *, dtype: Any = None,
+    device: Any = None, **others: Any
+) -> None:  # fmt: skip
+    """Notes a tensor of these sizes, or of the sizes of `like`. The dtype is that of `like`, or the model's."""
+    if others or type(number) not in (int, float) or not isfinite(number):
+        raise NotANetworkError("a constant has settings that no network knows")
+    if not (device is None or isinstance(device, Node) or torch.device(device).type == "cpu"):
+        raise NotANetworkError(f"a constant lies on {device}")
+    if dtype is None and like is None:
+        dtype = torch.get_default_dtype()
+    if not (dtype is None or isinstance(dtype, Node)) and dtype != read.dtype():
+        raise NotANetworkError(f"a constant is of {dtype}")
+    if sizes is None:
+        read.constants[node] = {"like": [like] if like else []}, {"is_like": True, "value": float(number)}
+        return
+    written, known = _write_sizes(read, sizes)
+    read.constants[node] = {"like": known}, {"sizes": written, "value": float(number)}
+
+
+@_row(F.pixel_shuffle, torch.pixel_shuffle)
+def _pixel_shuffle(read: Reader, node: Node, x: Any, upscale_factor: int) -> None:
+    r = upscale_factor
+    apart = ["0.0", f"0.1/{r * r}", r, r, "0.2", "0.3"]
+    _move_pixels(read, node, x, apart, [0, 1, 4, 2, 5, 3], ["0.0", f"0.1/{r * r}", f"{r}*0.2", f"{r}*0.3"])
+
+
+@_row(F.pixel_unshuffle, torch.pixel_unshuffle)
+def _pixel_unshuffle(read: Reader, node: Node, x: Any, downscale_factor: int) -> None:
+    r = downscale_factor
+    apart = ["0.0", "0.1", f"0.2/{r}", r, f"0.3/{r}", r]
+    _move_pixels(read, node, x, apart, [0, 1, 3, 5, 2, 4], ["0.0", f"{r * r}*0.1", f"0.2/{r}", f"0.3/{r}"])
+
+
+@_module(nn.PixelShuffle)
+def _pixel_shuffle_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _pixel_shuffle(read, node, x, module.upscale_factor)
+    read.note(module, "upscale_factor")
+
+
+@_module(nn.PixelUnshuffle)
+def _pixel_unshuffle_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _pixel_unshuffle(read, node, x, module.downscale_factor)
+    read.note(module, "downscale_factor")
+
+
+def _move_pixels(read: Reader, node: Node, x: Any, apart: list[Any], dims: list[int], joined: list[str]) -> None:
+    """Takes dimensions of images apart, permutes them and joins them."""
+    value = read.data(x)
+    parts = read.add(None, "reshape", {"input": [value], "like": [value]}, sizes=apart)
+    moved = read.add(None, "permute", {"input": [parts]}, dims=dims)
+    read.add(node, "reshape", {"input": [moved], "like": [value]}, sizes=joined)
 
 
 @_row(torch.squeeze, "squeeze")
@@ -1070,8 +1243,13 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
         else:
             read.values[node] = part
         return
-    value = read.data(whole)
     steps = list(index) if isinstance(index, tuple) else [index]
+    if node.users and all(_takes_numbers(read, user) for user in node.users):  # x[:, 2]
+        *before, place = steps
+        if type(place) is int and all(one == slice(None) for one in before):
+            read.columns[node] = read.value(whole), len(before), place
+            return
+    value = read.data(whole)
     if steps[0] is Ellipsis:
         del steps[0]
         if not steps or None in steps or (len(steps) > 1 and any(type(one) is int for one in steps)):

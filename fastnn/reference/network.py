@@ -32,6 +32,8 @@ def network(
     known = {**LAYERS, **(layers or {})}
     values: dict[str, Tensor] = {}
     next_input, next_weight, used = 0, 0, 0
+    tensors = [*inputs, *([weights] if isinstance(weights, Tensor) else weights)]
+    dtype = next((one.dtype for one in tensors if one.is_floating_point()), torch.float32)
     for line in read(program):
         if line.layer == "input":
             values[line.outputs[0]] = inputs[next_input]
@@ -48,7 +50,8 @@ def network(
             return [values[name] for name in line.inputs["input"]]
         else:
             taken = {name: [values[one] for one in names] for name, names in line.inputs.items()}
-            values.update(zip(line.outputs, known[line.layer](line, taken), strict=False))
+            results = [result.to(dtype) for result in known[line.layer](line, taken)]
+            values.update(zip(line.outputs, results, strict=False))
     raise ValueError("the program has no outputs")
 
 
@@ -175,7 +178,28 @@ def _mean(line: TextLine, taken: Taken) -> list[Tensor]:
     return [reduce(x, line["dims"] or list(range(x.dim())), line["keepdim"])]
 
 
+def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
+    numbers = _one(taken, "input")
+    if line["selects"]:
+        numbers = numbers.select(line["dim"], line["index"])
+    return [F.embedding(numbers, _one(taken, "weight"))]
+
+
 def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
+    return [_one(taken, "input").reshape(_sizes(line, taken))]
+
+
+def _expand(line: TextLine, taken: Taken) -> list[Tensor]:
+    return [_one(taken, "input").expand(_sizes(line, taken) or taken["like"][0].shape)]
+
+
+def _full(line: TextLine, taken: Taken) -> list[Tensor]:
+    sizes = taken["like"][0].shape if line["is_like"] else _sizes(line, taken)
+    return [torch.full(sizes, line["value"], dtype=torch.float64)]
+
+
+def _sizes(line: TextLine, taken: Taken) -> list[int]:
+    """The sizes that a line asks for: numbers, or products of dimensions of the values `like`."""
     sizes = []
     for size in line["sizes"]:
         if isinstance(size, str):
@@ -186,7 +210,7 @@ def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
                 size *= taken["like"][int(which)].shape[int(dim)] if dotted else int(factor)
             size //= int(divisor or 1)
         sizes.append(size)
-    return [_one(taken, "input").reshape(sizes)]
+    return sizes
 
 
 def _slice(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -254,7 +278,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "linear": _linear,
     "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
     "rnn": rnn_layer,
-    "embedding": lambda line, taken: [F.embedding(_one(taken, "input"), _one(taken, "weight"))],
+    "embedding": _embedding,
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
     "binary": _binary,
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
@@ -263,6 +287,9 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "layer_norm": _layer_norm,
     "mean": _mean,
     "reshape": _reshape,
+    "expand": _expand,
+    "repeat": lambda line, taken: [_one(taken, "input").repeat(_sizes(line, taken))],
+    "full": _full,
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
     "squeeze": lambda line, taken: [_one(taken, "input").squeeze(line["dim"])],
     "unsqueeze": lambda line, taken: [_one(taken, "input").unsqueeze(line["dim"])],

@@ -1,4 +1,4 @@
-// Layers that only move elements: views, permutations, parts of a value, joined values and padding.
+// Layers that only move elements: views, permutations, parts of a value, repeated and joined values, and padding.
 #pragma once
 
 #include <limits>
@@ -7,15 +7,21 @@
 
 namespace fastnn {
 
-// The same elements with other sizes. One size may be -1: it follows from the others.
-template <class T>
-class ReshapeLayer : public Layer<T> {
+// The sizes that a line asks for. A size is a number; or a product of numbers and of "value.dimension", which means
+// that dimension of one of the line's values `like`. The product may be divided by a number and is then rounded down:
+// "0.1*0.2", "0.-1/2". A size may be -1; what that means, the layer says.
+class AskedSizes {
  public:
-  ReshapeLayer(const ProgramLine& line, const Weights<T>&) {
-    this->inputs = {line.input("input")};
-    // A size is a number; or a product of numbers and of "value.dimension", which means that dimension of another
-    // value. The product may be divided by a number and is then rounded down: "0.1*0.2", "0.-1/2".
+  // Sets a layer's inputs: those of these names, then the values `like`.
+  AskedSizes(const ProgramLine& line, std::initializer_list<const char*> names, std::vector<int64_t>& inputs) {
     constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+    for (const char* const name : names) inputs.push_back(line.input(name));
+    const auto found = line.inputs.find("like");
+    const size_t before = inputs.size();
+    if (found != line.inputs.end()) {
+      like_ = found->second.size();
+      inputs.insert(inputs.end(), found->second.begin(), found->second.end());
+    }
     for (const std::string_view part : line.parts("sizes")) {
       Size size{1, {}, 1};
       const size_t slash = std::min(part.find('/'), part.size());
@@ -30,66 +36,181 @@ class ReshapeLayer : public Layer<T> {
           size.factor = checked_product(size.factor, number);
           continue;
         }
-        const auto found = line.inputs.find("like");
-        if (found == line.inputs.end()) line.refuse("expected like=... for sizes of other values");
-        const int64_t most = static_cast<int64_t>(found->second.size()) - 1;
-        const int64_t which = line.to_integer(factor.substr(0, dot), "sizes", 0, most);
-        size.dimensions.emplace_back(1 + which, line.to_integer(factor.substr(dot + 1), "sizes", -16, 15));
+        if (like_ == 0) line.refuse("expected like=... for sizes of other values");
+        const int64_t which = line.to_integer(factor.substr(0, dot), "sizes", 0, static_cast<int64_t>(like_) - 1);
+        size.dimensions.emplace_back(before + static_cast<size_t>(which),
+                                     line.to_integer(factor.substr(dot + 1), "sizes", -16, 15));
       }
       sizes_.push_back(std::move(size));
     }
-    if (const auto found = line.inputs.find("like"); found != line.inputs.end()) {
-      this->inputs.insert(this->inputs.end(), found->second.begin(), found->second.end());
-      this->sizes_only = found->second.size();
+  }
+  size_t like() const { return like_; }  // how many values
+  bool empty() const { return sizes_.empty(); }
+
+  template <class T>
+  Ints of(const Site<T>& site) const {
+    Ints sizes;
+    for (const Size& size : sizes_) {
+      int64_t number = size.factor;
+      for (const auto& [which, dimension] : size.dimensions) {
+        const Ints& other = site.sizes(which);
+        const int64_t rank = static_cast<int64_t>(other.size());
+        FASTNN_CHECK(dimension >= -rank && dimension < rank, "a value of size ", to_string(other), " has no dimension ",
+                     dimension);
+        number = checked_product(number, other[static_cast<size_t>(dimension < 0 ? dimension + rank : dimension)]);
+      }
+      sizes.push_back(number < 0 ? number : number / size.divisor);
     }
+    return sizes;
+  }
+
+ private:
+  struct Size {
+    int64_t factor;                                      // or -1
+    std::vector<std::pair<size_t, int64_t>> dimensions;  // numbers of inputs, and of their dimensions
+    int64_t divisor;
+  };
+  std::vector<Size> sizes_;
+  size_t like_ = 0;
+};
+
+// The same elements with other sizes. One size may be -1: it follows from the others.
+template <class T>
+class ReshapeLayer : public Layer<T> {
+ public:
+  ReshapeLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
+    this->sizes_only = asked_.like();
   }
   bool is_view(const Site<T>&) const override { return true; }
 
   void set_sizes(Site<T>& site) const override {
     const int64_t count = site.inputs[0].count();
     Ints& sizes = site.outputs[0].sizes;
-    int64_t free = -1;
-    for (const Size& size : sizes_) {
-      int64_t number = size.factor;
-      for (const auto& [which, dimension] : size.dimensions) {
-        const Ints& other = site.sizes(static_cast<size_t>(which));
-        const int64_t rank = static_cast<int64_t>(other.size());
-        FASTNN_CHECK(dimension >= -rank && dimension < rank, "a value of size ", to_string(other), " has no dimension ",
-                     dimension);
-        number = checked_product(number, other[static_cast<size_t>(dimension < 0 ? dimension + rank : dimension)]);
-      }
-      number = number < 0 ? number : number / size.divisor;
-      if (number < 0) {
-        FASTNN_CHECK(free < 0, "only one dimension can be inferred");
-        free = static_cast<int64_t>(sizes.size());
-      }
-      sizes.push_back(number);
-    }
-    if (free >= 0) {  // from what is there besides dimensions without elements
+    sizes = asked_.of(site);
+    FASTNN_CHECK(std::count(sizes.begin(), sizes.end(), -1) <= 1, "only one dimension can be inferred");
+    const auto free = std::find(sizes.begin(), sizes.end(), -1);
+    if (free != sizes.end()) {  // from what is there besides dimensions without elements
       int64_t all = 1, others = 1;
       for (const int64_t size : site.sizes(0)) all = checked_product(all, std::max<int64_t>(size, 1));
       for (const int64_t size : sizes) others = checked_product(others, std::max<int64_t>(size, 1));
-      int64_t& size = sizes[static_cast<size_t>(free)];
       if (count == 0 && std::find(sizes.begin(), sizes.end(), 0) == sizes.end()) {
-        size = 0;
+        *free = 0;
       } else if (all % others == 0) {
-        size = all / others;
+        *free = all / others;
       }
     }
     int64_t result = 1;
     for (const int64_t size : sizes) result = checked_product(result, std::max<int64_t>(size, 0));
-    FASTNN_CHECK(result == count && (free < 0 || sizes[static_cast<size_t>(free)] >= 0), "shape '", to_string(sizes),
+    FASTNN_CHECK(result == count && (free == sizes.end() || *free >= 0), "shape '", to_string(sizes),
                  "' is invalid for input of size ", count);
   }
   void run(const LayerCall<T>&) const override {}
 
  private:
-  struct Size {
-    int64_t factor;                                       // -1: it follows from the others
-    std::vector<std::pair<int64_t, int64_t>> dimensions;  // numbers of inputs, and of their dimensions
-    int64_t divisor;
-  };
-  std::vector<Size> sizes_;
+  AskedSizes asked_;
+};
+
+// The elements, repeated along dimensions that have one element. A size of -1 stays as it is; without sizes, they are
+// those of the value `like`.
+template <class T>
+class ExpandLayer : public Layer<T> {
+ public:
+  ExpandLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
+    this->sizes_only = asked_.like();
+    if (asked_.empty() && asked_.like() != 1) line.refuse("expected sizes, or one value like=...");
+  }
+  FormatRule formats() const override { return FormatRule::each; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& own = site.sizes(0);
+    Ints sizes = asked_.empty() ? site.sizes(1) : asked_.of(site);
+    FASTNN_CHECK(sizes.size() >= own.size(), "expand: the number of sizes provided (", sizes.size(),
+                 ") must be greater or equal to the number of dimensions in the tensor (", own.size(), ")");
+    const size_t ahead = sizes.size() - own.size();
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      if (sizes[d] == -1 && d >= ahead) sizes[d] = own[d - ahead];
+      FASTNN_CHECK(sizes[d] >= 0 && (d < ahead || own[d - ahead] == 1 || own[d - ahead] == sizes[d]),
+                   "The expanded size of the tensor (", sizes[d], ") must match the existing size at dimension ", d);
+    }
+    site.outputs[0].sizes = sizes;
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType& output = call.site.outputs[0];
+    const size_t rank = output.sizes.size();
+    copy_array(call.input(0), broadcast_strides(call.site.inputs[0], rank), call.output(0), output.strides(),
+               output.sizes, memory_order(rank, output.channels_last()));
+  }
+
+ private:
+  AskedSizes asked_;
+};
+
+// The elements, as often along each dimension as `sizes` says, which may have more dimensions than the input.
+template <class T>
+class RepeatLayer : public Layer<T> {
+ public:
+  RepeatLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
+    this->sizes_only = asked_.like();
+  }
+  bool reads_parts() const override { return true; }
+  // How often, and how many elements are repeated, along each dimension.
+  std::array<Ints, 2> times_and_sizes(const Site<T>& site) const {
+    const Ints& own = site.sizes(0);
+    const Ints times = asked_.of(site);
+    FASTNN_CHECK(times.size() >= own.size(),
+                 "Number of dimensions of repeat dims can not be smaller than number of dimensions of tensor");
+    for (const int64_t time : times) FASTNN_CHECK(time >= 0, "Trying to create tensor with negative dimension ", time);
+    Ints sizes(times.size() - own.size(), 1);
+    sizes.insert(sizes.end(), own.begin(), own.end());
+    return {times, sizes};
+  }
+  void set_sizes(Site<T>& site) const override {
+    const auto [times, sizes] = times_and_sizes(site);
+    for (size_t d = 0; d < sizes.size(); ++d) site.outputs[0].sizes.push_back(checked_product(times[d], sizes[d]));
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto [times, sizes] = times_and_sizes(call.site);
+    const Ints from = broadcast_strides(call.site.inputs[0], sizes.size()), to = call.site.outputs[0].strides();
+    Ints all, from_strides, to_strides;  // of each dimension two: how often, and the elements
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      all.insert(all.end(), {times[d], sizes[d]});
+      from_strides.insert(from_strides.end(), {0, from[d]});
+      to_strides.insert(to_strides.end(), {to[d] * sizes[d], to[d]});
+    }
+    copy_array(call.input(0), from_strides, call.output(0), to_strides, all, memory_order(all.size(), false));
+  }
+
+ private:
+  AskedSizes asked_;
+};
+
+// As many times one number as a tensor of these sizes has elements.
+template <class T>
+class FullLayer : public Layer<T> {
+ public:
+  FullLayer(const ProgramLine& line, const Weights<T>&)
+      : asked_(line, {}, this->inputs), value_(static_cast<T>(line.real("value"))) {
+    this->sizes_only = asked_.like();
+    is_like_ = line.flag("is_like");
+    if (is_like_ && asked_.like() != 1) line.refuse("expected one value like=...");
+  }
+  FormatRule formats() const override { return FormatRule::alike; }
+  void set_sizes(Site<T>& site) const override {
+    site.outputs[0].sizes = is_like_ ? site.sizes(0) : asked_.of(site);
+    for (const int64_t size : site.outputs[0].sizes) {
+      FASTNN_CHECK(size >= 0, "Trying to create tensor with negative dimension ", size);
+    }
+  }
+  T value() const { return value_; }
+  bool is_like() const { return is_like_; }
+  void run(const LayerCall<T>& call) const override {
+    std::fill_n(call.output(0), call.site.outputs[0].count(), value_);
+  }
+
+ private:
+  AskedSizes asked_;
+  T value_;
+  bool is_like_;  // whether the sizes are those of the value `like`
 };
 
 // All dimensions from one to another become one.
@@ -484,6 +605,16 @@ class PadLayer : public Layer<T> {
 
 inline LayerEntry reshape_entry() {
   return layer_entry<ReshapeLayer>("reshape", {"input", "like*"}, {{"sizes", "ints", ""}});
+}
+inline LayerEntry expand_entry() {
+  return layer_entry<ExpandLayer>("expand", {"input", "like*"}, {{"sizes", "ints", ""}});
+}
+inline LayerEntry repeat_entry() {
+  return layer_entry<RepeatLayer>("repeat", {"input", "like*"}, {{"sizes", "ints", nullptr}});
+}
+inline LayerEntry full_entry() {
+  return layer_entry<FullLayer>("full", {"like*"},
+                                {{"sizes", "ints", ""}, {"is_like", "bool", "0"}, {"value", "float", nullptr}});
 }
 inline LayerEntry flatten_entry() {
   return layer_entry<FlattenLayer>("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}});

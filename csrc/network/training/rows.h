@@ -4,6 +4,7 @@
 #include "../../ops/mlp_by_layers.h"
 #include "../../ops/mlp_run.h"
 #include "../../ops/rnn_problem.h"
+#include "../layers/embedding.h"
 #include "layer.h"
 
 namespace fastnn {
@@ -315,14 +316,17 @@ template <class T>
 class EmbeddingTraining : public TrainingLayer<T> {
  public:
   explicit EmbeddingTraining(const ProgramLine& line)
-      : padding_(line.integer("padding_idx", -1, std::numeric_limits<int64_t>::max())) {
+      : chosen_(line), padding_(line.integer("padding_idx", -1, std::numeric_limits<int64_t>::max())) {
     this->inputs = {line.input("input"), line.input("weight")};
   }
   void forward(Tensor* outputs) override {
     const Tensor &numbers = this->given[0], &weight = this->given[1];
     FASTNN_CHECK(numbers.scalar_type() == ScalarType::Long && weight.dim() == 2, kTrainingStep,
                  ": expected an embedding's input to be int64 and its weight to be 2D");
-    numbers_ = copied(numbers);  // which nobody can change any more
+    const Ints sizes = sizes_of(numbers);
+    numbers_ = copied(chosen_.is_all() ? numbers.borrow()  // the copy nobody can change any more
+                                       : stock("aten::select", "int", numbers, static_cast<int64_t>(chosen_.dim(sizes)),
+                                               chosen_.index(sizes)));
     check_numbers();
     outputs[0] = stock("aten::embedding", "", weight, numbers_, padding_, false, false);
   }
@@ -346,6 +350,7 @@ class EmbeddingTraining : public TrainingLayer<T> {
     }
   }
 
+  ChosenNumbers chosen_;
   int64_t padding_;
   Tensor numbers_;
 };

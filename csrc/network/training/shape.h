@@ -6,18 +6,22 @@
 
 namespace fastnn {
 
+// The sizes of the one output that a layer of inference has for such inputs.
+template <class T>
+Ints sizes_by(const Layer<T>& layer, const TensorList& given) {
+  Site<T> site;
+  for (const Tensor& tensor : given) site.inputs.push_back({sizes_of(tensor)});
+  site.outputs.resize(1);
+  layer.set_sizes(site);
+  return site.outputs[0].sizes;
+}
+
 // reshape, flatten, squeeze, unsqueeze: the same elements with other sizes, which the layer of inference computes.
 template <class T, template <class> class Kind>
 class ViewTraining : public TrainingLayer<T> {
  public:
   explicit ViewTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
-  void forward(Tensor* outputs) override {
-    Site<T> site;
-    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
-    site.outputs.resize(1);
-    layer_.set_sizes(site);
-    outputs[0] = under(this->given[0], site.outputs[0].sizes);
-  }
+  void forward(Tensor* outputs) override { outputs[0] = under(this->given[0], sizes_by<T>(layer_, this->given)); }
   size_t inputs_for_sizes() const override { return layer_.sizes_only; }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
@@ -42,6 +46,66 @@ template <class T>
 using SqueezeTraining = ViewTraining<T, SqueezeLayer>;
 template <class T>
 using UnsqueezeTraining = ViewTraining<T, UnsqueezeLayer>;
+
+template <class T>
+class ExpandTraining : public TrainingLayer<T> {
+ public:
+  explicit ExpandTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock("aten::expand", "", this->given[0], sizes_by<T>(layer_, this->given), false);
+  }
+  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (wanted[0]) results[0].tensor = reduced(gradients[0], sizes_of(this->given[0]));
+  }
+
+ private:
+  ExpandLayer<T> layer_;
+};
+
+template <class T>
+class RepeatTraining : public TrainingLayer<T> {
+ public:
+  explicit RepeatTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock("aten::repeat", "", this->given[0], times_and_sizes()[0]);
+  }
+  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[0]) return;
+    const auto [times, sizes] = times_and_sizes();
+    Ints both, dims;  // of each dimension two: how often, and the elements
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      dims.push_back(static_cast<int64_t>(both.size()));
+      both.insert(both.end(), {times[d], sizes[d]});
+    }
+    results[0].tensor = reshaped(sum_over(reshaped(gradients[0], both), dims), sizes_of(this->given[0]));
+  }
+
+ private:
+  std::array<Ints, 2> times_and_sizes() const {
+    Site<T> site;
+    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
+    return layer_.times_and_sizes(site);
+  }
+  RepeatLayer<T> layer_;
+};
+
+template <class T>
+class FullTraining : public TrainingLayer<T> {
+ public:
+  explicit FullTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  void forward(Tensor* outputs) override {
+    outputs[0] =
+        layer_.is_like() ? new_like<T>(this->given[0]) : new_tensor(sizes_by<T>(layer_, this->given), kDtypeOf<T>);
+    std::fill_n(mutable_data<T>(outputs[0]), outputs[0].numel(), layer_.value());
+  }
+  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it depends on sizes alone
+
+ private:
+  FullLayer<T> layer_;
+};
 
 template <class T>
 class PermuteTraining : public UnaryTraining<T> {
