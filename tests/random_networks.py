@@ -17,7 +17,7 @@ from fastnn.reference.network import network
 from fastnn.testing import using_threads
 
 ACTIVATIONS = (
-    *("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu", "sin", "mish"),
+    *("identity", "relu", "tanh", "sigmoid", "gelu", "hardtanh(0.0,6.0)", "leaky_relu(0.2)", "silu", "selu", "mish"),
 )
 
 
@@ -428,6 +428,55 @@ def _repeat(b: _Builder) -> None:
         b.add(kind, like, sizes, sizes=written)
 
 
+def _element(b: _Builder) -> None:
+    """Each element by itself: bounds, or a function of a number that it is defined for."""
+    x = b.random.choice(b.values)
+    if b.random.random() < 0.5:
+        least = b.random.uniform(-1, 0.5)
+        bounds = b.random.choice(({"min": least}, {"max": least}, {"min": least, "max": least + 1.0}, {"min": 0.0}))
+        b.add("clamp", {"input": [x]}, x.sizes, **bounds)
+        return
+    value = b.add("unary", {"input": [x]}, x.sizes, function="abs")
+    function = b.random.choice(("abs", "sqrt", "rsqrt", "log", "log1p"))
+    if function != "abs":
+        value = b.add("binary", {"input": [value]}, x.sizes, function="add", number=0.5)
+        b.add("unary", {"input": [value]}, x.sizes, function=function)
+
+
+def _group_norm(b: _Builder) -> None:
+    x = b.pick((2, 3, 4, 5))
+    if x is None or torch.Size(x.sizes[2:]).numel() < 2:
+        return
+    channels = x.sizes[1]
+    groups = b.random.choice([g for g in (0, 1, 1, 2, 3, channels) if g == 0 or channels % g == 0])
+    names = b.random.choice(((), ("weight",), ("weight", "bias")))  # torch's backward fails for a bias alone
+    weights = {name: b.weight(channels) for name in names}
+    activation = {} if b.trains else {"activation": b.activation()}
+    b.add("group_norm", {"input": [x], **weights}, x.sizes, groups=groups, epsilon=0.1, **activation)
+
+
+def _amax(b: _Builder) -> None:
+    x = b.random.choice([value for value in b.values if len(value.sizes) >= 2])
+    dims = sorted(b.random.sample(range(len(x.sizes)), b.random.randint(1, len(x.sizes))))
+    keeps = b.random.random() < 0.5
+    sizes = [1 if d in dims else size for d, size in enumerate(x.sizes) if keeps or d not in dims]
+    ties = {"ties": "first"} if len(dims) == 1 and b.random.random() < 0.5 else {}
+    b.add("amax", {"input": [x]}, sizes, dims=dims, keepdim=keeps, **ties)
+
+
+def _matmul(b: _Builder) -> None:
+    x = b.pick((2, 3, 4))
+    if x is None:
+        return
+    if b.random.random() < 0.5:
+        turned = b.add("transpose", {"input": [x]}, (*x.sizes[:-2], x.sizes[-1], x.sizes[-2]), first=-2, second=-1)
+        product = b.add("matmul", {"input": [x], "other": [turned]}, (*x.sizes[:-1], x.sizes[-2]))
+        b.add("binary", {"input": [product]}, product.sizes, function="mul", number=0.2)
+    else:
+        out = b.random.choice((1, 3, 8))
+        b.add("matmul", {"input": [x], "other": b.weight(x.sizes[-1], out)}, (*x.sizes[:-1], out))
+
+
 _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and how
     "conv": (6, _conv),
     "conv_transpose": (1, _conv_transpose),
@@ -443,6 +492,10 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "reshape": (2, _reshape),
     "view": (2, _view),
     "repeat": (1, _repeat),
+    "element": (1, _element),
+    "group_norm": (1, _group_norm),
+    "amax": (1, _amax),
+    "matmul": (1, _matmul),
     "split": (1, _split),
     "gate": (1, _gate),
     "permute": (1, _permute),

@@ -264,6 +264,32 @@ def _uneven(m: Any, x: Tensor) -> Tensor:
     return F.selu(m.valid(m.point(F.mish(m.late(h)))))
 
 
+def _groups(m: Any, x: Tensor) -> Tensor:
+    h = F.leaky_relu(m.instance(m.first(x)), 0.01)
+    h = F.glu(m.group(m.second(h)), 1)
+    h = m.plain(h) + F.group_norm(h, 2, m.scale, m.shift, eps=0.1)
+    return F.interpolate(m.out(h), scale_factor=2)
+
+
+def _points(m: Any, x: Tensor) -> Tensor:
+    h = torch.relu(m.first(x))
+    found = torch.cat([h.max(2)[0], torch.max(h, dim=-1, keepdim=True).values.squeeze(-1), m.pool(h).flatten(1)], 1)
+    return m.fc(torch.cat([found, h.amax((1, 2), keepdim=True).squeeze(1), torch.amax(h, 2)], 1))
+
+
+def _graph(m: Any, x: Tensor) -> Tensor:
+    adjacency = torch.softmax(torch.matmul(x, x.transpose(1, 2)), -1)
+    h = torch.relu(adjacency @ (x @ m.first))
+    return torch.bmm(adjacency, h @ m.second)
+
+
+def _arithmetic(m: Any, x: Tensor) -> Tensor:
+    h = m.first(x)
+    parts = [h.abs(), torch.log1p(h**2), (h.pow(2) + 0.5).sqrt(), torch.log(torch.square(h) + 1), abs(h) ** 3]
+    parts += [torch.rsqrt(h * h + 1), h.clamp(-0.4, 0.3), h.clamp(min=0), torch.clamp_max(h, 0.2), (h * h + 1) ** 0.5]
+    return m.out(torch.cat(parts, -1)).clip(max=2.0)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "residual": (lambda: By(_residual, **_residual_layers()), (4, 3, 9, 8)),
     "u-net": (lambda: By(_u_net, **_u_net_layers()), (2, 2, 12, 8)),
@@ -366,6 +392,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         ),
         (3, 1, 5, 16),
     ),
+    "groups": (
+        lambda: By(
+            _groups, first=nn.Conv2d(3, 4, 3, padding=1), instance=nn.InstanceNorm2d(4, affine=True),
+            second=nn.Conv2d(4, 8, 3), group=nn.GroupNorm(2, 8), plain=nn.InstanceNorm2d(4), out=nn.Conv2d(4, 2, 1),
+            scale=nn.Parameter(torch.rand(4) + 0.5), shift=nn.Parameter(torch.rand(4)),
+        ),
+        (3, 3, 7, 6),
+    ),
+    "points": (
+        lambda: By(_points, first=nn.Conv1d(3, 6, 1), pool=nn.AdaptiveMaxPool1d(1), fc=nn.Linear(25, 3)), (4, 3, 11)
+    ),
+    "graph convolution": (
+        lambda: By(_graph, first=nn.Parameter(torch.randn(4, 6) / 2), second=nn.Parameter(torch.randn(6, 3) / 3)),
+        (3, 5, 4),
+    ),
+    "arithmetic": (lambda: By(_arithmetic, first=nn.Linear(3, 4), out=nn.Linear(40, 2)), (6, 3)),
     "frozen statistics": (
         lambda: WithFrozen(
             _norms, conv=nn.Conv2d(3, 6, 3, groups=3, dilation=2), frozen=nn.BatchNorm2d(6), fc=nn.Linear(6, 3)

@@ -8,6 +8,7 @@
 #include "layers/elementwise.h"
 #include "layers/embedding.h"
 #include "layers/linear.h"
+#include "layers/matmul.h"
 #include "layers/normalize.h"
 #include "layers/pool.h"
 #include "layers/rnn.h"
@@ -30,12 +31,17 @@ const std::vector<LayerEntry>& layer_entries() {
         upsample_entry(),
         linear_entry(),
         rnn_entry(),
+        matmul_entry(),
         embedding_entry(),
         activation_entry(),
+        clamp_entry(),
+        unary_entry(),
         binary_entry(),
         softmax_entry(),
         layer_norm_entry(),
+        group_norm_entry(),
         mean_entry(),
+        amax_entry(),
         reshape_entry(),
         expand_entry(),
         repeat_entry(),

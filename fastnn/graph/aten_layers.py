@@ -546,15 +546,95 @@ def _square(read: Reader, node: Node, x: Any) -> None:
     read.finish(node, read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul"))
 
 
-@_row(_aten.clamp.default)
+@_row(_aten.clamp.default, _aten.clip.default)
 def _clamp(read: Reader, node: Node, x: Any, least: Any = None, most: Any = None) -> None:
+    value, bounds = read.data(x), {"min": least, "max": most}
+    if not all(one is None or isinstance(one, (int, float)) for one in bounds.values()):
+        raise NotALayerError("has a bound that depends on the input's sizes")
+    given = {name: float(one) for name, one in bounds.items() if one is not None}
+    read.finish(node, read.add("clamp", {"input": [value]}, value.sizes, **given))
+
+
+@_row(_aten.clamp_min.default)
+def _clamp_min(read: Reader, node: Node, x: Any, least: Any) -> None:
+    _clamp(read, node, x, least)
+
+
+@_row(_aten.clamp_max.default)
+def _clamp_max(read: Reader, node: Node, x: Any, most: Any) -> None:
+    _clamp(read, node, x, None, most)
+
+
+_UNARY = {getattr(_aten, name).default: name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")}
+
+
+@_row(*_UNARY)
+def _unary(read: Reader, node: Node, x: Any) -> None:
     value = read.data(x)
-    for function, bound in (("maximum", least), ("minimum", most)):
-        if bound is not None:
-            if not isinstance(bound, (int, float)):
-                raise NotALayerError("has a bound that depends on the input's sizes")
-            value = read.binary(function, value, bound)
-    read.finish(node, value)
+    read.finish(node, read.add("unary", {"input": [value]}, value.sizes, function=_UNARY[node.target]))
+
+
+@_row(_aten.pow.Tensor_Scalar)
+def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
+    value = read.data(x)
+    if exponent == 0.5:
+        made = read.add("unary", {"input": [value]}, value.sizes, function="sqrt")
+    elif exponent in (2, 3):
+        made = value
+        for _ in range(int(exponent) - 1):
+            made = read.add("binary", {"input": [made], "other": [value]}, value.sizes, function="mul")
+    else:
+        raise NotALayerError("is no square, cube or root")
+    read.finish(node, made)
+
+
+@_row(_aten.matmul.default, _aten.mm.default, _aten.bmm.default)
+def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
+    first, second = read.value(x), read.value(y)
+    if min(len(first.sizes), len(second.sizes)) < 2 or (first.tensor is not None and second.tensor is not None):
+        raise NotALayerError("multiplies a vector")
+    if second.tensor is not None and second.tensor.dim() == 2:
+        weight = second.tensor.t().contiguous()
+        made = read.add("linear", {"input": [first], "weight": [Value(weight.shape, weight)]}, _sizes(node))
+    else:
+        made = read.add("matmul", {"input": [first], "other": [second]}, _sizes(node))
+    read.finish(node, made)
+
+
+@_row(_aten.scaled_dot_product_attention.default)
+def _attention(
+    read: Reader, node: Node, q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False
+) -> None:  # fmt: skip
+    query, key, value = read.data(q), read.data(k), read.data(v)
+    features = query.sizes[-1]
+    if mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(features, int):
+        raise NotALayerError("has a mask, a dropout, groups, or features whose number depends on the input")
+    rank = len(key.sizes)
+    turned = read.permute(key, [*range(rank - 2), rank - 1, rank - 2])
+    scores = read.add("matmul", {"input": [query], "other": [turned]}, (*_sizes(node)[:-1], key.sizes[-2]))
+    scores = read.binary("mul", scores, scale if scale is not None else features**-0.5)
+    weights = read.add("softmax", {"input": [scores]}, scores.sizes)
+    read.finish(node, read.add("matmul", {"input": [weights], "other": [value]}, _sizes(node)))
+
+
+@_row(_aten.group_norm.default)
+def _group_norm(
+    read: Reader, node: Node, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> None:
+    inputs = {"input": [read.data(x)], **read.weights(weight=weight, bias=bias)}
+    read.finish(node, read.add("group_norm", inputs, _sizes(node), groups=groups, epsilon=float(eps)))
+
+
+@_row(_aten.instance_norm.default)
+def _instance_norm(
+    read: Reader, node: Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, uses_input: bool,
+    momentum: float, eps: float, *rest: Any
+) -> None:  # fmt: skip
+    if mean is not None or variance is not None or not uses_input:
+        raise NotALayerError("has running statistics")
+    inputs = {"input": [read.data(x)], **read.weights(weight=weight, bias=bias)}
+    read.finish(node, read.add("group_norm", inputs, _sizes(node), groups=0, epsilon=float(eps)))
 
 
 @_row(_aten.hardsigmoid.default)
@@ -607,8 +687,7 @@ def _max_pool(
 
 @_row(*(getattr(_aten, f"max_pool{d}d_with_indices").default for d in (2, 3)))
 def _max_pool_with_indices(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
-    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
-        raise NotALayerError("gives the places of the largest elements")
+    _check_places(node)
     meta = node.meta["val"]
     try:
         node.meta["val"] = meta[0]
@@ -648,6 +727,35 @@ def _adaptive_avg_pool(read: Reader, node: Node, x: Any, sizes: Any) -> None:
         kernel = [one // size for one, size in zip(inputs, sizes, strict=True)]
         made = read.add("avg_pool", {"input": [value]}, _sizes(node), kernel=kernel)
     read.finish(node, made)
+
+
+@_row(_aten.amax.default)
+def _amax(read: Reader, node: Node, x: Any, dims: Any = (), keepdim: bool = False) -> None:
+    read.finish(node, read.add("amax", {"input": [read.data(x)]}, _sizes(node), dims=list(dims), keepdim=keepdim))
+
+
+@_row(_aten.max.dim)
+def _max(read: Reader, node: Node, x: Any, dim: int, keepdim: bool = False) -> None:
+    _check_places(node)
+    sizes = node.meta["val"][0].shape
+    read.parts[node] = [read.add("amax", {"input": [read.data(x)]}, sizes, dims=[dim], keepdim=keepdim)]
+
+
+@_row(*(getattr(_aten, f"adaptive_max_pool{d}d").default for d in (1, 2, 3)))
+def _adaptive_max_pool(read: Reader, node: Node, x: Any, output_size: Any) -> None:
+    _check_places(node)
+    value, dims = read.data(x), len(output_size)
+    if any(one != 1 for one in output_size) or len(value.sizes) != dims + 2:
+        raise NotALayerError("gives more than one element a channel, or has no batch")
+    which = list(range(2, 2 + dims))
+    sizes = node.meta["val"][0].shape
+    read.parts[node] = [read.add("amax", {"input": [value]}, sizes, dims=which, keepdim=True)]
+
+
+def _check_places(node: Node) -> None:
+    """Raises if the places of the largest elements are needed."""
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        raise NotALayerError("gives the places of the largest elements")
 
 
 @_row(_aten.mean.dim, _aten.sum.dim_IntList)

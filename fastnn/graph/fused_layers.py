@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import isfinite, isnan, prod
 from typing import Any
 
 import torch
@@ -702,6 +702,53 @@ def _hardsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _hardsigmoid(read, node, x)
 
 
+@_row(F.glu)
+def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
+    parts = [Value(()), Value(())]
+    read.lines.append(Line("split", {"input": [read.data(x)]}, parts, {"dim": dim, "chunks": 2}))
+    gate = read.add(None, "activation", {"input": [parts[1]]}, activation="sigmoid")
+    read.add(node, "binary", {"input": [parts[0]], "other": [gate]}, function="mul")
+
+
+@_module(nn.GLU)
+def _glu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _glu(read, node, x, module.dim)
+    read.note(module, "dim")
+
+
+@_row(torch.clamp, "clamp", torch.clip, "clip")
+def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -> None:
+    bounds = {"min": min, "max": max}
+    if not all(one is None or type(one) in (int, float) for one in bounds.values()):
+        raise NotANetworkError("the bounds of a clamp are computed")
+    given = {name: float(one) for name, one in bounds.items() if one is not None}
+    if any(isnan(one) for one in given.values()):
+        raise NotANetworkError("a bound of a clamp is NaN")
+    read.add(node, "clamp", {"input": [read.data(x)]}, **given)
+
+
+@_row(torch.clamp_min, "clamp_min")
+def _clamp_min(read: Reader, node: Node, x: Any, min: Any) -> None:
+    _clamp(read, node, x, min)
+
+
+@_row(torch.clamp_max, "clamp_max")
+def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
+    _clamp(read, node, x, None, max)
+
+
+_UNARY = {
+    **{getattr(torch, name): name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")},
+    **{name: name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")},
+    operator.abs: "abs",
+}
+
+
+@_row(*_UNARY)
+def _unary(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "unary", {"input": [read.data(x)]}, function=_UNARY[node.target])
+
+
 @_row(torch.square, "square")
 def _square(read: Reader, node: Node, x: Any) -> None:
     value = read.data(x)
@@ -710,9 +757,14 @@ def _square(read: Reader, node: Node, x: Any) -> None:
 
 @_row(operator.pow, torch.pow, "pow")
 def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
-    if exponent != 2 or not isinstance(x, Node):
-        raise NotANetworkError("a power is no square")
+    if type(exponent) not in (int, float) or exponent not in (0.5, 2, 3) or not isinstance(x, Node):
+        raise NotANetworkError("a power is no square, cube or root")
+    if exponent == 0.5:
+        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt")
+        return
     _square(read, node, x)
+    if exponent == 3:
+        read.add(node, "binary", {"input": [read.values[node]], "other": [read.data(x)]}, function="mul")
 
 
 @_row(torch.randn_like)
@@ -729,6 +781,11 @@ def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int
 @_row(torch.log_softmax, F.log_softmax, "log_softmax")
 def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
     _add_softmax(read, node, x, dim, dtype, True)
+
+
+@_module(nn.Softmax2d)
+def _softmax_of_channels(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softmax(read, node, x, -3, None, False)
 
 
 @_module(nn.Softmax, nn.LogSoftmax)
@@ -802,6 +859,33 @@ def _layer_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
     read.add(node, "layer_norm", inputs, features=prod(module.normalized_shape), epsilon=float(module.eps))
     read.note(module, "normalized_shape", "eps")
+
+
+@_module(nn.GroupNorm)
+def _group_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
+    read.add(node, "group_norm", inputs, groups=module.num_groups, epsilon=float(module.eps))
+    read.note(module, "num_groups", "eps")
+
+
+@_row(F.group_norm)
+def _group_norm(
+    read: Reader, node: Node, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> None:
+    inputs = {"input": [read.data(x)], "weight": read.optional(weight), "bias": read.optional(bias)}
+    if type(num_groups) is not int or num_groups < 1:
+        raise NotANetworkError("a group norm has no number of groups")
+    read.add(node, "group_norm", inputs, groups=num_groups, epsilon=float(eps))
+
+
+@_module(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    if module.track_running_stats or module.running_mean is not None:
+        raise NotANetworkError("an instance norm has running statistics")
+    inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
+    dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"InstanceNorm{d}d")))
+    read.add(node, "group_norm", inputs, groups=0, dims=dims, epsilon=float(module.eps))
+    read.note(module, "track_running_stats", "running_mean", "eps", "num_features")
 
 
 @_row(F.layer_norm)
@@ -914,9 +998,7 @@ def _add_upsample(read: Reader, node: Node, x: Any, size: Any, factor: Any, mode
     if size is not None or factor is None or (dims is None and mode != "nearest"):
         raise NotANetworkError("an interpolation has a size in place of a factor, or another mode")
     if not isinstance(factor, (tuple, list)):
-        if dims is None:
-            raise NotANetworkError("an interpolation has one factor for any number of dimensions")
-        factor = [factor] * dims
+        factor = [factor] * (dims or 1)  # of the nearest pixels, one factor stands for all dimensions
     if not all(float(one).is_integer() for one in factor):
         raise NotANetworkError("an interpolation's factors are no whole numbers")
     if len(factor) > 2:
@@ -965,6 +1047,50 @@ def _add_mean(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool, dtype: 
     if not all(type(one) is int for one in dims):
         raise NotANetworkError("a mean or a sum goes over dimensions that a call gives")
     read.add(node, "mean", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim), sums=sums)
+
+
+@_row(torch.amax, "amax")
+def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False) -> None:
+    dims = [dim] if type(dim) is int else list(dim)
+    if not all(type(one) is int for one in dims):
+        raise NotANetworkError("a maximum goes over dimensions that a call gives")
+    read.add(node, "amax", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim))
+
+
+@_row(torch.max, "max")
+def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
+    """The largest elements of a dimension. Their places, the second result, are no value of a network."""
+    if type(dim) is not int:
+        raise NotANetworkError("a maximum is of two tensors, or of a whole one")
+    value = read.add(None, "amax", {"input": [read.data(x)]}, dims=[dim], keepdim=bool(keepdim), ties="first")
+    read.parts[node] = [value]
+
+
+_LARGEST = {getattr(F, f"adaptive_max_pool{d}d"): d for d in (1, 2, 3)}
+
+
+@_row(*_LARGEST)
+def _adaptive_max(read: Reader, node: Node, x: Any, output_size: Any, return_indices: bool = False) -> None:
+    _add_adaptive_max(read, node, x, _LARGEST[node.target], output_size, return_indices)
+
+
+@_module(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+def _adaptive_max_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"AdaptiveMaxPool{d}d")))
+    _add_adaptive_max(read, node, x, dims, module.output_size, module.return_indices)
+    read.note(module, "output_size", "return_indices")
+
+
+def _add_adaptive_max(read: Reader, node: Node, x: Any, dims: int, sizes: Any, indices: bool) -> None:
+    if indices or any(one != 1 for one in _each(sizes, dims)):
+        raise NotANetworkError("an adaptive max-pool gives more than one element a channel, or places")
+    value = read.data(x)
+    if dims > 1:
+        value = read.add(None, "flatten", {"input": [value]}, start_dim=-dims)
+    value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first")
+    for _ in range(dims - 1):
+        value = read.add(None, "unsqueeze", {"input": [value]}, dim=-1)
+    read.values[node] = value
 
 
 @_row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
@@ -1212,6 +1338,8 @@ def _size(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
 def _attribute(read: Reader, node: Node, x: Any, name: str) -> None:
     if name == "shape":
         read.shapes[node] = read.value(x)
+    elif name == "values" and x.target in (torch.max, "max") and x in read.parts:
+        read.values[node] = read.parts[x][0]
     elif name not in ("device", "dtype"):
         raise NotANetworkError(f"the model asks a tensor for {name}")
 

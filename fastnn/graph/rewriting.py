@@ -6,6 +6,7 @@ The lines compute the same before and after, but for the rounding of folded weig
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -226,6 +227,8 @@ def _crop(program: _Lines, line: Line) -> bool:
 
 def _take_activation(program: _Lines, line: Line) -> bool:
     """Makes an activation part of the layer before it."""
+    if line.layer == "clamp":
+        _as_activation(line)
     if line.layer != "activation":
         return False
     before = program.before(line)
@@ -236,6 +239,15 @@ def _take_activation(program: _Lines, line: Line) -> bool:
     before.attributes["activation"] = line.attributes["activation"]
     program.merge(line, before)
     return True
+
+
+def _as_activation(line: Line) -> None:
+    """Makes a clamp the activation that gives the same. Only their gradients differ, at the bounds."""
+    least, most = line.attributes.get("min", -inf), line.attributes.get("max", inf)
+    if (least, most) == (0.0, inf):
+        line.layer, line.attributes = "activation", {"activation": "relu"}
+    elif -inf < least <= most < inf:
+        line.layer, line.attributes = "activation", {"activation": f"hardtanh({least!r},{most!r})"}
 
 
 def _take_addend(program: _Lines, line: Line) -> bool:

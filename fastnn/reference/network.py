@@ -117,7 +117,8 @@ def _avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
 
 
 def _upsample(line: TextLine, taken: Taken) -> list[Tensor]:
-    x, factors = _one(taken, "input"), line["factors"]
+    x = _one(taken, "input")
+    factors = _each(line["factors"], x.dim() - 2)
     size = [s * f for s, f in zip(x.shape[2:], factors, strict=True)]
     if not line["linear"]:
         return [F.interpolate(x, size)]
@@ -170,6 +171,20 @@ def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
     sizes = x.shape[x.dim() - dims :]
     weight, bias = (one if one is None else one.reshape(sizes) for one in (_one(taken, "weight"), _one(taken, "bias")))
     return [F.layer_norm(x, sizes, weight, bias, line["epsilon"])]
+
+
+def _group_norm(line: TextLine, taken: Taken) -> list[Tensor]:
+    x = _one(taken, "input")
+    groups = line["groups"] or x.shape[1]
+    y = F.group_norm(x, groups, _one(taken, "weight"), _one(taken, "bias"), line["epsilon"])
+    return [parse_one(line["activation"])(y)]
+
+
+def _amax(line: TextLine, taken: Taken) -> list[Tensor]:
+    x = _one(taken, "input")
+    if line["ties"] == "first":
+        return [x.max(line["dims"][0], line["keepdim"])[0]]
+    return [x.amax(line["dims"], line["keepdim"])]
 
 
 def _mean(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -280,12 +295,16 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "rnn": rnn_layer,
     "embedding": _embedding,
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
+    "clamp": lambda line, taken: [_one(taken, "input").clamp(line["min"], line["max"])],
+    "unary": lambda line, taken: [getattr(torch, line["function"])(_one(taken, "input"))],
     "binary": _binary,
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
     "softmax": _softmax,
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
     "mean": _mean,
+    "amax": _amax,
     "reshape": _reshape,
     "expand": _expand,
     "repeat": lambda line, taken: [_one(taken, "input").repeat(_sizes(line, taken))],

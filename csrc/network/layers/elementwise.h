@@ -1,6 +1,7 @@
-// activation and binary: layers that compute element by element.
+// activation, clamp, unary and binary: layers that compute element by element.
 #pragma once
 
+#include "../../ops/stock.h"
 #include "../array.h"
 
 namespace fastnn {
@@ -31,6 +32,61 @@ class ActivationLayer : public Layer<T> {
 
  private:
   Activation activation_;
+};
+
+// Keeps the elements between two bounds, of which either may be infinite.
+template <class T>
+class ClampLayer : public Layer<T> {
+ public:
+  ClampLayer(const ProgramLine& line, const Weights<T>&) : bounds_(bounds_of(line)) {
+    this->inputs = {line.input("input")};
+  }
+  // The bounds as an activation. Where they are in the wrong order, torch takes the larger of them for both.
+  static Activation bounds_of(const ProgramLine& line) {
+    const double most = line.real("max");
+    return {ActivationKind::hardtanh, {std::min(line.real("min"), most), most}};
+  }
+  FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  void run(const LayerCall<T>& call) const override {
+    activate(bounds_, whole_input(call), call.site.outputs[0].count(), call.output(0));
+  }
+
+ private:
+  Activation bounds_;
+};
+
+// A function of each element that torch computes.
+enum class UnaryKind : int32_t { abs, sqrt, rsqrt, log, log1p };
+inline UnaryKind unary_kind(const ProgramLine& line) {
+  static constexpr const char* names[] = {"abs", "sqrt", "rsqrt", "log", "log1p"};
+  const std::string_view function = line.text("function");
+  for (size_t kind = 0; kind < std::size(names); ++kind) {
+    if (function == names[kind]) return static_cast<UnaryKind>(kind);
+  }
+  line.refuse("there is no function \"", std::string(function), "\"");
+}
+
+template <class T>
+class UnaryLayer : public Layer<T> {
+ public:
+  UnaryLayer(const ProgramLine& line, const Weights<T>&) {
+    unary_kind(line);  // raises
+    name_ = "aten::" + std::string(line.text("function"));
+    this->inputs = {line.input("input")};
+  }
+  FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  void run(const LayerCall<T>& call) const override {
+    const Ints one{1}, count{call.site.outputs[0].count()};
+    const Tensor to = tensor_over(call.output(0), count, one);
+    stock(name_.c_str(), "out", tensor_over(whole_input(call), count, one), to);
+  }
+
+ private:
+  std::string name_;
 };
 
 inline BinaryKind binary_kind(const ProgramLine& line) {
@@ -94,6 +150,12 @@ class BinaryLayer : public Layer<T> {
 
 inline LayerEntry activation_entry() {
   return layer_entry<ActivationLayer>("activation", {"input"}, {{"activation", "activation", nullptr}});
+}
+inline LayerEntry clamp_entry() {
+  return layer_entry<ClampLayer>("clamp", {"input"}, {{"min", "float", "-inf"}, {"max", "float", "inf"}});
+}
+inline LayerEntry unary_entry() {
+  return layer_entry<UnaryLayer>("unary", {"input"}, {{"function", "text", nullptr}});
 }
 inline LayerEntry binary_entry() {
   return layer_entry<BinaryLayer>("binary", {"input", "other?"},

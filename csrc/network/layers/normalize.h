@@ -1,6 +1,7 @@
-// batch_norm by known statistics, softmax and layer_norm.
+// batch_norm by known statistics, softmax, layer_norm and group_norm.
 #pragma once
 
+#include "../../kernels/batch_norm.h"
 #include "../fold.h"
 #include "elementwise.h"
 
@@ -143,6 +144,91 @@ class LayerNormLayer : public Layer<T> {
   const T *weight_, *bias_;
 };
 
+// Normalizes each group of an image's channels by its own mean and variance. With groups=0 each channel is a group, as
+// of an instance norm. dims: how many dimensions an image has; 0: any number.
+template <class T>
+class GroupNormLayer : public Layer<T> {
+ public:
+  GroupNormLayer(const ProgramLine& line, const Weights<T>& weights)
+      : groups_(line.integer("groups", 0, kMostSize)),
+        dims_(line.integer("dims", 0, 3)),
+        epsilon_(line.real("epsilon")),
+        activation_(line.activation()) {
+    this->inputs = {line.input("input")};
+    for (const char* const name : {"weight", "bias"}) {
+      if (!line.has(name)) continue;
+      const auto& weight = weights.of(line, name);
+      if (weight.sizes.size() != 1) line.refuse("expected a ", name, " of 1 dimension");
+      (*name == 'w' ? weight_ : bias_) = weight.data;
+      if (channels_ != -1 && channels_ != weight.sizes[0]) line.refuse("weight and bias differ in size");
+      channels_ = weight.sizes[0];
+    }
+  }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    check_sizes(sizes, groups_, dims_);
+    FASTNN_CHECK(channels_ == -1 || channels_ == sizes[1], "expected ", channels_, " channels, got size ",
+                 to_string(sizes));
+    site.outputs[0].sizes = sizes;
+  }
+  // Raises unless images of these sizes can be normalized so.
+  static void check_sizes(const Ints& sizes, int64_t groups, int64_t dims) {
+    FASTNN_CHECK(dims == 0 ? sizes.size() >= 2 : sizes.size() == static_cast<size_t>(dims) + 2, "expected ",
+                 dims == 0 ? "at least 2" : std::to_string(dims + 2), " dimensions, got size ", to_string(sizes));
+    FASTNN_CHECK(groups == 0 || sizes[1] % groups == 0,
+                 "Expected number of channels in input to be divisible by num_groups, but got input of shape ",
+                 to_string(sizes), " and num_groups=", groups);
+    FASTNN_CHECK(groups != 0 || product(sizes, 2, sizes.size()) != 1,
+                 "Expected more than 1 spatial element when training, got input size ", to_string(sizes));
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto& kernels = batch_norm_kernels().get<T>();
+    const Ints& sizes = call.site.sizes(0);
+    const int64_t groups = groups_ == 0 ? sizes[1] : groups_, channels = sizes[1] / groups;  // of a group
+    const int64_t pixels = product(sizes, 2, sizes.size()), count = channels * pixels;
+    const Activation in_pass = only_bounds(activation_) ? activation_ : kIdentity;
+    parallel_range(sizes[0] * groups, 6.0 * static_cast<double>(count), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* const from = call.input(0) + i * count;
+        T* const to = call.output(0) + i * count;
+        double sums[2] = {0, 0};  // of x - center and of its square, with the first element as the center
+        kernels.add_moments(from, count, from[0], sums);
+        const double many = static_cast<double>(count), offset = sums[0] / many;
+        const double mean = static_cast<double>(from[0]) + offset;
+        double variance = std::max(0.0, sums[1] / many - offset * offset);
+        if (sizeof(T) == sizeof(double)) {  // of which the difference would lose digits
+          double again[2] = {0, 0};
+          kernels.add_moments(from, count, static_cast<T>(mean), again);
+          variance = again[1] / many;
+        }
+        const double inverse = 1 / std::sqrt(variance + epsilon_);
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t channel = i % groups * channels + c;
+          const T scale = static_cast<T>(weight_ ? inverse * static_cast<double>(weight_[channel]) : inverse);
+          kernels.normalize(from + c * pixels, nullptr, pixels, static_cast<T>(mean), scale,
+                            bias_ ? bias_[channel] : T(0), in_pass, to + c * pixels);
+        }
+      }
+    });
+    if (!only_bounds(activation_) && activation_.kind != ActivationKind::identity) {
+      activate(activation_, call.output(0), call.site.outputs[0].count(), call.output(0));
+    }
+  }
+
+ private:
+  int64_t groups_, dims_, channels_ = -1;
+  double epsilon_;
+  Activation activation_;
+  const T *weight_ = nullptr, *bias_ = nullptr;
+};
+
+inline LayerEntry group_norm_entry() {
+  return layer_entry<GroupNormLayer>("group_norm", {"input", "weight?", "bias?"},
+                                     {{"groups", "int", nullptr},
+                                      {"dims", "int", "0"},
+                                      {"epsilon", "float", "1e-05"},
+                                      {"activation", "activation", "identity"}});
+}
 inline LayerEntry batch_norm_entry() {
   return layer_entry<BatchNormLayer>("batch_norm", {"input", "mean?", "variance?", "weight?", "bias?"},
                                      with_activation_and_pool({{"dims", "int", nullptr},

@@ -377,6 +377,42 @@ inline LayerEntry avg_pool_entry() {
 inline LayerEntry adaptive_avg_pool_entry() {
   return layer_entry<AdaptiveAverageLayer>("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}});
 }
+// The largest element over some dimensions, all of them where none is named; by torch. `ties` says what backward does
+// where several are the largest: "even" shares the gradient among them, "first" gives it to the first.
+template <class T>
+class AmaxLayer : public Layer<T> {
+ public:
+  AmaxLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), dims_(line.integers("dims", -16, 15)), keeps_(line.flag("keepdim")) {
+    this->inputs = {line.input("input")};
+  }
+  FormatRule formats() const override { return FormatRule::input; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    std::vector<bool> taken(sizes.size(), dims_.empty());
+    for (const int64_t dim : dims_) taken[dimension_of(line_, dim, sizes.size())] = true;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      FASTNN_CHECK(!taken[d] || sizes[d] > 0, "amax(): Expected reduction dim ", d, " to have non-zero size.");
+      if (!taken[d] || keeps_) site.outputs[0].sizes.push_back(taken[d] ? 1 : sizes[d]);
+    }
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+    const Tensor to = tensor_over(call.output(0), output.sizes, output.strides());
+    stock("aten::amax", "out", tensor_over(call.input(0), input.sizes, input.strides()), dims_, keeps_, to);
+  }
+
+ private:
+  ProgramLine line_;
+  Ints dims_;
+  bool keeps_;
+};
+
+inline LayerEntry amax_entry() {
+  return layer_entry<AmaxLayer>("amax", {"input"},
+                                {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}});
+}
 inline LayerEntry mean_entry() {
   return layer_entry<MeanLayer>("mean", {"input"},
                                 {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"sums", "bool", "0"}});

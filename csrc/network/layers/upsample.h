@@ -12,7 +12,7 @@ class UpsampleLayer : public Layer<T> {
  public:
   UpsampleLayer(const ProgramLine& line, const Weights<T>&) {
     this->inputs = {line.input("input")};
-    factors_ = line.integers("factors", 1, 1 << 16);
+    factors_ = line.integers("factors", 1, 1 << 16);  // one may stand for both dimensions
     if (factors_.empty() || factors_.size() > 2) line.refuse("expected one or two factors");
     linear_ = line.flag("linear");
     aligns_ = line.flag("align_corners");
@@ -21,20 +21,20 @@ class UpsampleLayer : public Layer<T> {
 
   void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
-    FASTNN_CHECK(sizes.size() == factors_.size() + 2, "expected ", factors_.size() + 2, "D images, got size ",
-                 to_string(sizes));
-    for (size_t d = 0; d < factors_.size(); ++d) {
+    FASTNN_CHECK(sizes.size() == factors_.size() + 2 || (sizes.size() == 4 && factors_.size() == 1 && !linear_),
+                 "expected ", factors_.size() + 2, "D images, got size ", to_string(sizes));
+    for (size_t d = 0; d + 2 < sizes.size(); ++d) {
       FASTNN_CHECK(sizes[2 + d] > 0, "expected images of at least one pixel, got size ", to_string(sizes));
-      sizes[2 + d] = checked_product(sizes[2 + d], factors_[d]);
+      sizes[2 + d] = checked_product(sizes[2 + d], factors_[std::min(d, factors_.size() - 1)]);
     }
     site.outputs[0].sizes = sizes;
   }
 
   void run(const LayerCall<T>& call) const override {
     const ValueType& input = call.site.inputs[0];
-    const size_t dims = factors_.size();
+    const size_t dims = input.sizes.size() - 2;
     const int64_t rows = dims > 1 ? input.sizes[2] : 1, columns = input.sizes[1 + dims];
-    const int64_t factor_y = dims > 1 ? factors_[0] : 1, factor_x = factors_[dims - 1];
+    const int64_t factor_y = dims > 1 ? factors_[0] : 1, factor_x = factors_.back();
     // An image of one pixel is the same in both formats, so the output's format counts.
     const bool channels_last = call.site.outputs[0].channels_last();
     const int64_t inner = channels_last ? input.sizes[1] : 1;  // elements of a pixel that lie together

@@ -1,4 +1,4 @@
-// activation, binary, dropout and noise in training: element by element.
+// activation, clamp, unary, binary, dropout and noise in training: element by element.
 #pragma once
 
 #include "../layers/elementwise.h"
@@ -56,6 +56,75 @@ class ActivationTraining : public UnaryTraining<T> {
   std::string text_;
   Activation activation_;
   Tensor output_, from_;
+};
+
+// The gradient passes where the element is within the bounds or at one, other than that of a hardtanh.
+template <class T>
+class ClampTraining : public UnaryTraining<T> {
+ public:
+  explicit ClampTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        bounds_(ClampLayer<T>::bounds_of(line)),
+        least_(static_cast<T>(line.real("min"))),
+        most_(static_cast<T>(line.real("max"))) {}
+  void forward(Tensor* outputs) override {
+    std::array<Tensor, 2> both = activated<T>(bounds_, this->input());
+    outputs[0] = std::move(both[0]);
+    from_ = std::move(both[1]);
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    const Tensor own = same_strides(gradient, from_) ? gradient.borrow() : dense(gradient);
+    const Tensor from = same_strides(own, from_) ? from_.borrow() : dense(from_);
+    Tensor result = new_like<T>(own);
+    const T *const grad = data<T>(own), *const x = data<T>(from);
+    T* const to = mutable_data<T>(result);
+    parallel_range(result.numel(), kCopyWork, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) to[i] = x[i] >= least_ && x[i] <= most_ ? grad[i] : T(0);
+    });
+    return result;
+  }
+  void release() override { from_ = Tensor(); }
+  void forget() override { release(); }
+
+ private:
+  Activation bounds_;
+  T least_, most_;
+  Tensor from_;
+};
+
+template <class T>
+class UnaryFunctionTraining : public UnaryTraining<T> {
+ public:
+  explicit UnaryFunctionTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), kind_(unary_kind(line)), name_("aten::" + std::string(line.text("function"))) {}
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock(name_.c_str(), "", this->input());
+    output_ = outputs[0].borrow();
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    const Tensor& x = this->input();
+    switch (kind_) {
+      case UnaryKind::abs:
+        return combined<T>(BinaryKind::mul, gradient, stock("aten::sgn", "", x));
+      case UnaryKind::sqrt:
+        return combined<T>(BinaryKind::div, gradient, combined<T>(BinaryKind::mul, output_, T(2), false));
+      case UnaryKind::rsqrt: {
+        const Tensor cube = combined<T>(BinaryKind::mul, combined<T>(BinaryKind::mul, output_, output_), output_);
+        return combined<T>(BinaryKind::mul, combined<T>(BinaryKind::mul, gradient, T(-0.5), false), cube);
+      }
+      case UnaryKind::log:
+        return combined<T>(BinaryKind::div, gradient, x);
+      case UnaryKind::log1p:
+        return combined<T>(BinaryKind::div, gradient, combined<T>(BinaryKind::add, x, T(1), false));
+    }
+    fail("there is no such function");
+  }
+  void forget() override { output_ = Tensor(); }
+
+ private:
+  UnaryKind kind_;
+  std::string name_;
+  Tensor output_;
 };
 
 template <class T>

@@ -23,11 +23,15 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"rnn", make_training<RnnTraining, T>},
       {"embedding", make_training<EmbeddingTraining, T>},
       {"activation", make_training<ActivationTraining, T>},
+      {"clamp", make_training<ClampTraining, T>},
+      {"unary", make_training<UnaryFunctionTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
       {"softmax", make_training<SoftmaxTraining, T>},
       {"layer_norm", make_training<LayerNormTraining, T>},
+      {"group_norm", make_training<GroupNormTraining, T>},
+      {"amax", make_training<AmaxTraining, T>},
       {"mean", make_training<MeanTraining, T>},
       {"max_pool", make_training<MaxPoolTraining, T>},
       {"avg_pool", make_training<AvgPoolTraining, T>},
@@ -65,7 +69,6 @@ inline std::vector<LayerEntry> training_entries() {
   return {
       entry("dropout", {"input"}, {{"p", "float", nullptr}}),
       entry("noise", {"input"}, {}),
-      entry("matmul", {"input", "other"}, {}),
   };
 }
 

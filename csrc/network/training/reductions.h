@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../kernels/max_pool.h"
+#include "../layers/normalize.h"
 #include "../../ops/product.h"
 #include "images.h"
 
@@ -43,6 +44,48 @@ class MeanTraining : public UnaryTraining<T> {
   Ints dims_, kept_sizes_;
   bool keeps_, sums_;
   int64_t count_ = 1;
+};
+
+template <class T>
+class AmaxTraining : public UnaryTraining<T> {
+ public:
+  explicit AmaxTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line),
+        dims_(line.integers("dims", -16, 15)),
+        keeps_(line.flag("keepdim")),
+        shares_(line.text("ties") == "even") {
+    if (!shares_ && line.text("ties") != "first") line.refuse("expected ties=even or ties=first");
+    if (!shares_ && dims_.size() != 1) line.refuse("expected one dimension, of which the first element wins");
+  }
+  void forward(Tensor* outputs) override {
+    if (shares_) {
+      outputs[0] = stock("aten::amax", "", this->input(), dims_, keeps_);
+      largest_ = outputs[0].borrow();
+    } else {
+      auto both = stock_results<2>("aten::max", "dim", this->input(), dims_[0], keeps_);
+      outputs[0] = std::move(both[0]);
+      places_ = std::move(both[1]);
+    }
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    Ints kept = sizes_of(this->input());
+    if (!shares_) {
+      return stock("aten::value_selecting_reduction_backward", "", gradient, dims_[0], places_, kept, keeps_);
+    }
+    Ints dims = dims_;
+    for (size_t d = 0; dims_.empty() && d < kept.size(); ++d) dims.push_back(static_cast<int64_t>(d));
+    for (const int64_t dim : dims) kept[static_cast<size_t>(wrap_dim(dim, kept.size()))] = 1;
+    const Tensor is_largest = stock("aten::eq", "Tensor", this->input(), reshaped(largest_, kept));
+    const Tensor count = stock("aten::sum", "dim_IntList", is_largest, std::optional<Ints>(dims), true,
+                               std::optional<ScalarType>(kDtypeOf<T>));
+    return stock("aten::mul", "Tensor", combined<T>(BinaryKind::div, reshaped(gradient, kept), count), is_largest);
+  }
+  void forget() override { largest_ = places_ = Tensor(); }
+
+ private:
+  Ints dims_;
+  bool keeps_, shares_;
+  Tensor largest_, places_;
 };
 
 template <class T>
@@ -122,6 +165,72 @@ class LayerNormTraining : public TrainingLayer<T> {
   size_t place_[2] = {};
   Ints row_;
   Tensor mean_, inverse_deviation_;
+};
+
+template <class T>
+class GroupNormTraining : public TrainingLayer<T> {
+ public:
+  explicit GroupNormTraining(const ProgramLine& line)
+      : groups_(line.integer("groups", 0, kMostSize)),
+        dims_(line.integer("dims", 0, 3)),
+        epsilon_(line.real("epsilon")) {
+    this->inputs = {line.input("input")};
+    if (line.activation("activation").kind != ActivationKind::identity) {
+      line.refuse("in training it has no activation");
+    }
+    for (size_t i = 0; i < 2; ++i) {
+      static constexpr const char* names[] = {"weight", "bias"};
+      if (!line.has(names[i])) continue;
+      place_[i] = this->inputs.size();
+      this->inputs.push_back(line.input(names[i]));
+    }
+  }
+  void forward(Tensor* outputs) override {
+    const Tensor& given = this->given[0];
+    GroupNormLayer<T>::check_sizes(sizes_of(given), groups_, dims_);
+    const int64_t channels = given.size(1), pixels = product(sizes_of(given), 2, given.dim());
+    const int64_t groups = groups_ == 0 ? channels : groups_;
+    for (const size_t place : place_) {
+      FASTNN_CHECK(!place || (this->given[place].dim() == 1 && this->given[place].size(0) == channels), kTrainingStep,
+                   ": expected ", channels, " weights of a group norm");
+    }
+    // torch's instance norm gives contiguous images, its group norm images that lie as the input does.
+    input_ = groups_ != 0 && is_dense_channels_last(given) ? given.borrow() : dense(given);
+    sizes_ = {given.size(0), channels, pixels, groups};
+    auto all = stock_results<3>("aten::native_group_norm", "", input_, weight(0), weight(1), sizes_[0], sizes_[1],
+                                sizes_[2], sizes_[3], epsilon_);
+    outputs[0] = std::move(all[0]);
+    mean_ = std::move(all[1]);
+    inverse_deviation_ = std::move(all[2]);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
+    const std::array<bool, 3> flags_of_all{wanted[0], is_wanted(0), is_wanted(1)};
+    Tensor gradient = gradients[0].borrow();
+    if (!same_strides(gradient, input_)) {  // as torch's kernel takes it
+      gradient = new_like<T>(input_);
+      stock("aten::copy_", "", gradient, gradients[0], false);
+    }
+    auto all = stock_results<3>("aten::native_group_norm_backward", "", gradient, input_, mean_, inverse_deviation_,
+                                weight(0), sizes_[0], sizes_[1], sizes_[2], sizes_[3], flags(flags_of_all));
+    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
+    for (size_t i = 0; i < 2; ++i) {
+      if (is_wanted(i)) results[place_[i]] = {std::move(all[i + 1]), nullptr, true};
+    }
+  }
+  void forget() override { input_ = mean_ = inverse_deviation_ = Tensor(); }
+
+ private:
+  OptionalTensor weight(size_t i) const {
+    if (!place_[i]) return std::nullopt;
+    return this->given[place_[i]].borrow();
+  }
+
+  int64_t groups_, dims_;
+  double epsilon_;
+  size_t place_[2] = {};
+  std::array<int64_t, 4> sizes_{};  // images, channels, pixels and groups
+  Tensor input_, mean_, inverse_deviation_;
 };
 
 // max_pool and avg_pool. Torch pools a single dimension as the second of two.
@@ -304,11 +413,14 @@ class UpsampleTraining : public UnaryTraining<T> {
     if (factors_.empty() || factors_.size() > 2) line.refuse("expected one or two factors");
   }
   void forward(Tensor* outputs) override {
-    const size_t dims = factors_.size();
+    const bool one_for_both = factors_.size() == 1 && !linear_ && this->input().dim() == 4;
+    const size_t dims = one_for_both ? 2 : factors_.size();
     fail_unless_rank(this->input(), static_cast<int64_t>(dims) + 2);
     const Ints sizes = sizes_of(this->input());
     size_.clear();
-    for (size_t d = 0; d < dims; ++d) size_.push_back(checked_product(sizes[2 + d], factors_[d]));
+    for (size_t d = 0; d < dims; ++d) {
+      size_.push_back(checked_product(sizes[2 + d], factors_[std::min(d, factors_.size() - 1)]));
+    }
     outputs[0] =
         dims == 1 ? (linear_ ? stock("aten::upsample_linear1d", "", this->input(), size_, aligns_, scale(0))
                              : stock("aten::upsample_nearest1d", "", this->input(), size_, scale(0)))
@@ -317,7 +429,7 @@ class UpsampleTraining : public UnaryTraining<T> {
   }
   Tensor gradient_of(const Tensor& gradient) override {
     const Ints own = sizes_of(this->input());
-    if (factors_.size() == 1) {
+    if (size_.size() == 1) {
       return linear_ ? stock("aten::upsample_linear1d_backward", "", gradient, size_, own, aligns_, scale(0))
                      : stock("aten::upsample_nearest1d_backward", "", gradient, size_, own, scale(0));
     }
@@ -326,7 +438,9 @@ class UpsampleTraining : public UnaryTraining<T> {
   }
 
  private:
-  std::optional<double> scale(size_t d) const { return static_cast<double>(factors_[d]); }
+  std::optional<double> scale(size_t d) const {
+    return static_cast<double>(factors_[std::min(d, factors_.size() - 1)]);
+  }
   Ints factors_, size_;
   bool linear_, aligns_;
 };
