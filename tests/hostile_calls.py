@@ -297,11 +297,15 @@ class Hostile:
                 (["avg_pool input=x -> y kernel=1,1 stride=1,1"], image, []),
                 (["max_pool input=x -> y kernel=1,1 padding=0"], image, []),
                 (["upsample input=x -> y factors=2,1 linear=1"], image, []),
-                (["dropout input=x -> z p=0.5", "exp input=z -> y"], [n, m, c], []),
+                (["dropout input=x -> z p=0.5", "activation input=z -> y activation=exp"], [n, m, c], []),
                 (["split input=x -> z u dim=1 size=1", "cat inputs=u,x,z -> y dim=1"], [n, 2, c], []),
                 (["layer_norm input=x weight=w0 -> z features=1", "mean input=z -> y dims=0"], [n, 1], [[1]]),
                 (["transpose input=x -> z first=1 second=2", "matmul input=x other=z -> y"], [n, m, c], []),
                 (["unsqueeze input=x -> z dim=0", "contiguous input=z -> y"], [n, m], []),
+                (["group_norm input=x weight=w0 bias=w1 -> z groups=1", "amax input=z -> y dims=1"], image, [[c], [c]]),
+                (["clamp input=x -> z min=-1.0", "unary input=z -> y function=abs"], [n, c], []),
+                (["expand input=x -> z sizes=3,-1,-1", "repeat input=z like=x -> y sizes=1,0.0,2"], [n, c], []),
+                (["full like=x -> z value=2.0 sizes=0.0,1", "binary input=x other=z -> y function=mul"], [n, c], []),
                 (["noise input=x -> z", "squeeze input=z -> y dim=0"], [1, n], []),
             ]
         )

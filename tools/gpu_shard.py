@@ -1,6 +1,12 @@
-"""A pytest plugin: with --shard 1/4 every fourth test runs, the second of them first."""
+"""A pytest plugin: with --shard 1/4 every fourth test runs, the second of them first; and SIGINT stops it."""
 
+import signal
 from typing import Any
+
+
+def pytest_configure(config: Any) -> None:
+    # What was started in the background of a shell ignores the signal by which gpu_run stops a test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: Any) -> None:
