@@ -10,34 +10,52 @@ namespace {
 
 constexpr const char* kOp = "plain_convolution";
 
-// Whether Winograd computes forward; else torch does. Without a ReLU or a pool, whose fusion saves a pass over the
-// output, our other algorithms have in float32 0.5 to 1.2 of torch's speed (measured). In float64 Winograd is never
-// chosen.
-template <class T>
-bool is_by_winograd(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
-  const PlanKey key =
-      plan_key<T>(conv_kernels().get<T>(), problem.geometry, is_channels_last(input), output_channels_last, -1);
-  return plan_for(key).algorithm == ForwardAlgorithm::winograd;
+// Whether each group has one input channel.
+bool is_depthwise(const ConvPoolGeometry& g) {
+  return g.groups > 1 && g.in_channels == 1;
 }
 
-// The gradients by Winograd. Returns nothing where Winograd does not pay, or where elements are so large that its
-// transforms could overflow.
+// The algorithm of forward: ours by Winograd and for depthwise convolutions, else torch's. Without a ReLU or a pool,
+// whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's speed (measured).
 template <class T>
-std::optional<std::array<Tensor, 3>> backward_by_winograd(const ConvPoolProblem& problem, const Tensor& gradient,
-                                                          const Tensor& input, const Tensor& weight,
-                                                          const Wanted& wanted) {
-  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
-  BackwardKey key = backward_key(kernels, problem, is_channels_last(input), wanted, -1);
+ForwardAlgorithm forward_algorithm(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
+  const ConvPoolGeometry& g = problem.geometry;
+  if (g.batch == 0) return ForwardAlgorithm::stock;
+  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
+  const ForwardAlgorithm chosen = plan_for(key).algorithm;
+  const bool is_ours = chosen == ForwardAlgorithm::winograd || is_depthwise(g);
+  return is_ours ? chosen : ForwardAlgorithm::stock;
+}
+
+// The plan of backward, whose algorithm may be `stock`.
+template <class T>
+const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tensor& input, const Wanted& wanted) {
+  BackwardKey key =
+      backward_key(conv_backward_kernels().get<T>(), problem, is_channels_last(input), wanted, /*algorithm=*/-1);
   key.request.dense = true;
-  const ConvBackwardPlan& plan = plan_for(key);
-  if (problem.geometry.batch == 0 || plan.algorithm != BackwardAlgorithm::winograd) return std::nullopt;
+  return plan_for(key);
+}
+
+// The gradients by our kernels. Returns nothing where torch's are as fast, or where elements are so large that the
+// transforms of Winograd could overflow.
+template <class T>
+std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem, const Tensor& gradient,
+                                                  const Tensor& input, const Tensor& weight, const Wanted& wanted) {
+  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
+  const ConvBackwardPlan& plan = backward_plan<T>(problem, input, wanted);
+  if (problem.geometry.batch == 0 || plan.algorithm == BackwardAlgorithm::stock) return std::nullopt;
+  const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
   const PlainImages images(input), taps(weight), dense(gradient);
   ConvBackward<T> call = backward_call<T>(problem.geometry, dense.tensor, images, taps);
   call.output_layout = dense.layout;
   call.plan = &plan;
-  if (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call)) return std::nullopt;
+  if (by_winograd && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) return std::nullopt;
   ConvGradients gradients = empty_gradients(input, weight, wanted);
-  gradients_by_winograd(kernels, call, problem.work, wanted, gradients);
+  if (by_winograd) {
+    gradients_by_winograd(kernels, call, problem.work, wanted, gradients);
+  } else {
+    run_backward(kernels, call, problem.work, wanted, gradients.input, gradients.weight, gradients.bias);
+  }
   return std::array<Tensor, 3>{std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
 }
 
@@ -48,7 +66,7 @@ Tensor plain_convolution(const Tensor& input, const Tensor& weight, const Option
   const bool channels_last = output_is_channels_last(problem, input, weight);
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
-    if (problem.geometry.batch == 0 || !is_by_winograd<T>(problem, input, channels_last)) {
+    if (forward_algorithm<T>(problem, input, channels_last) == ForwardAlgorithm::stock) {
       return convolution(input, weight, bias, stock_convolution(problem.geometry, problem.dims));
     }
     Tensor output = new_formatted(output_sizes(problem), problem.kind.dtype, channels_last);
@@ -64,7 +82,7 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
     std::optional<std::array<Tensor, 3>> ours =
-        backward_by_winograd<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
+        own_backward<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
     if (ours) return std::move(*ours);
     // Where the gradient or the weight has another format than the input, torch would convert it one element at a time.
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
@@ -132,12 +150,10 @@ std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, 
   if (problem.geometry.batch == 0) return {"none", "none"};
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
-    const bool forward = is_by_winograd<T>(problem, input, output_is_channels_last(problem, input, weight));
-    BackwardKey key =
-        backward_key(conv_backward_kernels().get<T>(), problem, is_channels_last(input), {true, true, true}, -1);
-    key.request.dense = true;
-    const bool backward = plan_for(key).algorithm == BackwardAlgorithm::winograd;
-    return {forward ? "winograd" : "stock", backward ? "winograd" : "stock"};
+    const bool channels_last = output_is_channels_last(problem, input, weight);
+    const Wanted all{true, true, true};
+    return {kForwardEntries[static_cast<int>(forward_algorithm<T>(problem, input, channels_last))].name,
+            kBackwardEntries[static_cast<int>(backward_plan<T>(problem, input, all).algorithm)].name};
   });
 }
 

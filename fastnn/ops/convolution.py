@@ -1,4 +1,5 @@
-"""A convolution that neither ReLU nor a pool follows: by Winograd's algorithm where that pays, else torch's own.
+"""A convolution that neither ReLU nor a pool follows: by our kernels where they are faster (Winograd's algorithm, and
+depthwise convolutions), else torch's own.
 
 In a model such a convolution stands before a batch norm that takes the statistics of its output, or before an addition.
 """
@@ -33,7 +34,7 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *, geometry:
     input (batch, in_channels, ...), weight (out_channels, in_channels / groups, ...), bias (out_channels) or None ->
     (batch, out_channels, ...). geometry: the :func:`flat_geometry` of the convolution with a pool of one pixel.
     """
-    if not _is_by_winograd(input, weight, bias, geometry, dims):
+    if not _is_ours(input, weight, bias, geometry, dims):
         return _stock(input, weight, bias, geometry, dims)
     run = Convolution.apply if wants_gradient(input, weight, bias) else _without_gradient
     try:
@@ -53,12 +54,12 @@ def _stock(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeo
     return reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
 
 
-# The calls that Winograd takes, by all that the choice follows from: asking the planner takes some microseconds.
+# The calls that our kernels take, by all that the choice follows from: asking the planner takes some microseconds.
 _chosen: dict[Any, bool] = {}
 _MOST_CHOSEN = 1024
 
 
-def _is_by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> bool:
+def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> bool:
     if (
         input.dtype is not torch.float32
         or weight.dtype is not torch.float32
@@ -76,7 +77,8 @@ def _is_by_winograd(input: Tensor, weight: Tensor, bias: Tensor | None, geometry
             if len(_chosen) >= _MOST_CHOSEN:
                 _chosen.clear()
             with torch.no_grad():
-                found = _chosen[key] = "winograd" in _algorithm_op(input, weight, bias, geometry)
+                algorithms = _algorithm_op(input, weight, bias, geometry)
+                found = _chosen[key] = any(name not in ("stock", "none") for name in algorithms)
     except RuntimeError:  # a tensor without strides, such as a sparse one; or sizes that torch refuses in its own words
         return False
     return found

@@ -24,6 +24,7 @@ class GradientBand {
 
   // Lays out `count` channels, the first of them `channel`, `step` apart. The lanes and pixels beyond are zero.
   void fill(int64_t image, int64_t channel, int64_t step, int64_t count, const ConvBox& box) {
+    if (!call_.winners) return fill_dense(image, channel, step, count, box);
     // Windows that lie side by side write each pixel once, those that overlap add to it.
     bool covered = tiled_;
     for (int d = 0; d < 3; ++d) {
@@ -57,6 +58,24 @@ class GradientBand {
             put_row<true>(first[2], last[2], gradients_ + at, winners_ + at, box);
           }
         }
+      }
+    }
+  }
+
+  // The same where nothing is pooled and each pixel has its gradient.
+  void fill_dense(int64_t image, int64_t channel, int64_t step, int64_t count, const ConvBox& box) {
+    const ConvLayout& layout = call_.output_layout;
+    const int64_t written = count < width_ ? 0 : box.pixels(), columns = box.size(2);
+    fill_zeros(pixels_ + written * width_, (round_up(box.pixels(), kLanes<C>) - written) * width_);
+    // Rows that follow each other are loaded together.
+    const bool joined = layout.d[1] == layout.d[2] * columns;
+    const int64_t rows = joined ? box.size(1) : 1;
+    C* to = pixels_;
+    for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
+      for (int64_t y = box.first[1]; y < box.last[1]; y += rows, to += rows * columns * width_) {
+        const T* const from = call_.grad_output + image * layout.n + channel * layout.c + z * layout.d[0] +
+                              y * layout.d[1] + box.first[2] * layout.d[2];
+        load_row(from, layout.c * step, layout.d[2], count, rows * columns, to);
       }
     }
   }

@@ -14,7 +14,7 @@ struct ConvBackward {
   const ConvBackwardPlan* plan;
   const T* grad_output;
   ConvLayout output_layout;
-  const uint8_t* winners;  // for `winograd` also null: each conv pixel has its gradient
+  const uint8_t* winners;  // for `winograd` and `depthwise` also null: each conv pixel has its gradient
   ConvLayout winners_layout;
   const T* input;
   ConvLayout input_layout;
