@@ -580,11 +580,12 @@ def training_step(
     ``step.explain()`` says which, and why.
 
     Models allow it that consist of layers which a network has, in float32 and float64 on the CPU: convolutions,
-    transposed ones too, batch, layer, group and instance norms, linear and recurrent layers and cells with their states,
+    transposed ones too, batch, layer, group and instance norms, linear and recurrent layers and cells with states,
     embeddings, activations, pools, Dropout, arithmetic, products, softmax, means, sums and maxima, constants, and what
-    moves elements (views, slices, concatenations, repetitions, pixel shuffles); with branches and skips, shared layers, several inputs and several results, of which the loss is
-    then the caller's own. State and learning rates stay in the optimizer, so that going back to ``loss.backward();
-    optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
+    moves elements (views, slices, concatenations, repetitions, pixel shuffles); with branches and skips, shared layers,
+    several inputs and several results, of which the loss is then the caller's own. State and learning rates stay in the
+    optimizer, so that going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and
+    checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).

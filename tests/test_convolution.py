@@ -1,4 +1,4 @@
-"""A convolution by itself: by Winograd's algorithm where that pays, and as torch has it everywhere."""
+"""A convolution by itself: by Winograd's algorithm where that pays, depthwise, and as torch has it everywhere."""
 
 import copy
 from typing import Any
@@ -70,6 +70,78 @@ def test_winograd_is_what_runs() -> None:
     input, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 64, 3, 3)
     assert ALGORITHM(input, weight, None, geometry()) == ("winograd", "winograd")
     assert ALGORITHM(input.double(), weight.double(), None, geometry()) == ("stock", "winograd")
+
+
+# Sizes, outputs, kernel, stride, padding, dilation.
+DEPTHWISE: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, int, int]] = {
+    "3x3": ((2, 19, 9, 11), 19, (3, 3), 1, 1, 1),
+    "stride of 2": ((3, 32, 12, 13), 32, (3, 3), 2, 1, 1),
+    "7x7": ((2, 17, 10, 8), 17, (7, 7), 1, 3, 1),
+    "5x5 dilated": ((2, 16, 14, 15), 16, (5, 5), 1, 4, 2),
+    "two outputs a channel": ((4, 8, 22, 30), 16, (22, 1), 1, 0, 1),
+    "three outputs a channel": ((1, 5, 7, 7), 15, (4, 3), 1, 2, 1),
+    "1-d": ((3, 33, 40), 33, (31,), 1, 15, 1),
+    "1-d, stride of 3": ((2, 4, 31), 8, (5,), 3, 2, 1),
+    "3-d": ((2, 6, 5, 6, 7), 6, (3, 3, 3), 1, 1, 1),
+    "one pixel": ((3, 20, 1, 1), 20, (3, 3), 1, 1, 1),
+    "no images": ((0, 20, 5, 5), 20, (3, 3), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_depthwise(name: str, dtype: torch.dtype, instruction_set: str) -> None:
+    sizes, outputs, kernel, stride, padding, dilation = DEPTHWISE[name]
+    dims, groups = len(kernel), sizes[1]
+    flat = flat_geometry(dims, stride, padding, dilation, groups, 1, None, 0, 1, False)
+    assert flat is not None
+    tensors = [torch.randn(sizes), torch.randn(outputs, 1, *kernel), torch.randn(outputs)]
+    function = getattr(F, f"conv{dims}d")
+    expected = function(*tensors, stride, padding, dilation, groups)
+    grad = torch.randn_like(expected)
+    formats = [torch.contiguous_format, *([torch.channels_last] if dims == 2 else [])]
+
+    def of_stock(dtype: torch.dtype, x: Tensor, given: Tensor) -> list[Tensor]:
+        leaves = [one.to(dtype).requires_grad_() for one in (x, *tensors[1:])]
+        result = function(*leaves, stride, padding, dilation, groups)
+        return [result, *torch.autograd.grad(result, leaves, given.to(dtype))]
+
+    for memory_format in formats:
+        x = tensors[0].to(memory_format=memory_format)
+        for given in (grad, grad.to(memory_format=formats[-1]), grad.flatten()[:1].sum().expand(grad.shape)):
+            exact, theirs = of_stock(torch.float64, x, given), of_stock(dtype, x, given)
+            for threads in (1, 2):
+                with using_threads(threads):
+                    own = [one.detach().to(dtype) for one in (x, *tensors[1:])]
+                    ours = [RAW(*own, flat), *RAW_BACKWARD(given.to(dtype), *own[:2], flat, True, True, True)]
+                    alone = RAW_BACKWARD(given.to(dtype), *own[:2], flat, False, True, False)
+                for a, b, c in zip(ours, theirs, exact, strict=True):
+                    assert_close_to_reference(a, b, c)
+                torch.testing.assert_close(alone[1], ours[2], rtol=0, atol=0)
+                assert not alone[0].numel()
+                assert not alone[2].numel()
+            assert ours[0].stride() == theirs[0].stride()
+            if sizes[0]:
+                assert "depthwise" in ALGORITHM(*own, flat) or (memory_format, max(kernel)) == (formats[-1], 3)
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("of", [0, 1, 2])
+def test_special_values_in_depthwise_convolutions(special: float, of: int, instruction_set: str) -> None:
+    flat = flat_geometry(2, 1, 3, 1, 18, 1, None, 0, 1, False)
+    tensors = [torch.randn(2, 18, 9, 8), torch.randn(18, 1, 7, 7), torch.randn(2, 18, 9, 8)]
+    tensors[of][1, 0, 2, 1] = special
+
+    def outputs(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        result = F.conv2d(x, weight, padding=3, groups=18)
+        return [result, *torch.autograd.grad(result, (x, weight), grad)]
+
+    ours = [RAW(tensors[0], tensors[1], None, flat), *RAW_BACKWARD(tensors[2], *tensors[:2], flat, True, True, False)]
+    exact = outputs(*(one.double() for one in tensors))
+    for one, reference in zip(ours, exact, strict=False):
+        assert torch.equal(one.isnan(), reference.isnan())
+        assert torch.equal(one.isinf(), reference.isinf())
 
 
 def test_same_bits_for_any_number_of_threads() -> None:

@@ -23,6 +23,7 @@ void turn_each(const ConvBackwardKernels<T>& kernels, const T* from, int64_t ite
 template <class T>
 Tensor in_format(const ConvBackwardKernels<T>& kernels, const Tensor& tensor, bool channels_last) {
   if (channels_last ? is_channels_last(tensor) : tensor.is_contiguous()) return tensor;
+  if (tensor.numel() == 0) return new_formatted(sizes_of(tensor), tensor.scalar_type(), channels_last);
   const int64_t items = tensor.size(0), channels = tensor.size(1), pixels = tensor.numel() / (items * channels);
   // Whether it is dense in channels last, as torch's convolution makes its gradients.
   const bool is_last = !channels_last && is_channels_last(tensor) && tensor.stride(0) == channels * pixels;

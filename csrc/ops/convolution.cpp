@@ -23,7 +23,8 @@ ForwardAlgorithm forward_algorithm(const ConvPoolProblem& problem, const Tensor&
   if (g.batch == 0) return ForwardAlgorithm::stock;
   const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
   const ForwardAlgorithm chosen = plan_for(key).algorithm;
-  const bool is_ours = chosen == ForwardAlgorithm::winograd || is_depthwise(g);
+  // Of images of one pixel torch alone knows which format they have.
+  const bool is_ours = chosen == ForwardAlgorithm::winograd || (is_depthwise(g) && g.pixels() > 1);
   return is_ours ? chosen : ForwardAlgorithm::stock;
 }
 
@@ -41,9 +42,10 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
 template <class T>
 std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem, const Tensor& gradient,
                                                   const Tensor& input, const Tensor& weight, const Wanted& wanted) {
+  if (problem.geometry.batch == 0) return std::nullopt;
   const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
   const ConvBackwardPlan& plan = backward_plan<T>(problem, input, wanted);
-  if (problem.geometry.batch == 0 || plan.algorithm == BackwardAlgorithm::stock) return std::nullopt;
+  if (plan.algorithm == BackwardAlgorithm::stock) return std::nullopt;
   const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
   const PlainImages images(input), taps(weight), dense(gradient);
   ConvBackward<T> call = backward_call<T>(problem.geometry, dense.tensor, images, taps);

@@ -88,9 +88,15 @@ class GradientBand {
     for (int64_t start = 0; start < count; start += kLongestSum) {
       const int64_t end = smaller(start + kLongestSum, count);
       for (int64_t c = 0; c < width_; c += kLanes<C>) {
-        Vec<C> total = {};
-        for (int64_t p = start; p < end; ++p) total += load(pixels_ + p * width_ + c);
-        for (int i = 0; i < kLanes<C>; ++i) to[c + i] += total[i];
+        constexpr int chains = 4;  // sums that need not wait for each other
+        Vec<C> total[chains] = {};
+        int64_t p = start;
+        for (; p + chains <= end; p += chains) {
+          for (int i = 0; i < chains; ++i) total[i] += load(pixels_ + (p + i) * width_ + c);
+        }
+        for (; p < end; ++p) total[0] += load(pixels_ + p * width_ + c);
+        const Vec<C> sum = (total[0] + total[1]) + (total[2] + total[3]);
+        for (int i = 0; i < kLanes<C>; ++i) to[c + i] += sum[i];
       }
     }
   }
