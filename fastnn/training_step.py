@@ -584,8 +584,8 @@ def training_step(
     embeddings, activations, pools, Dropout, arithmetic, products, softmax, means, sums and maxima, constants, and what
     moves elements (views, slices, concatenations, repetitions, pixel shuffles); with branches and skips, shared layers,
     several inputs and several results, of which the loss is then the caller's own. State and learning rates stay in the
-    optimizer, so that going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and
-    checkpoints.
+    optimizer, so that going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers
+    and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).
