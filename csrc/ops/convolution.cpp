@@ -16,7 +16,8 @@ bool is_depthwise(const ConvPoolGeometry& g) {
 }
 
 // The algorithm of forward: ours by Winograd and for depthwise convolutions, else torch's. Without a ReLU or a pool,
-// whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's speed (measured).
+// whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's speed
+// (measured).
 template <class T>
 ForwardAlgorithm forward_algorithm(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
   const ConvPoolGeometry& g = problem.geometry;

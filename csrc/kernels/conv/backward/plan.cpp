@@ -166,8 +166,9 @@ bool depthwise_pays(const Planner& p) {
   return together < real(g.groups) * (2 + winners * real(g.out_channels * s.runs * s.vectors));
 }
 
-// Where each pixel has a gradient, torch multiplies depthwise convolutions by the vector in channels last with kernels of
-// nine elements or fewer alone; else element by element or for whole blocks of zeros (measured: 2 to 14 times our time).
+// Where each pixel has a gradient, torch multiplies depthwise convolutions by the vector in channels last with kernels
+// of nine elements or fewer alone; else element by element or for whole blocks of zeros (measured: 2 to 14 times our
+// time).
 bool dense_depthwise_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   return g.groups > 1 && g.in_channels == 1 && (g.taps() > 9 || !p.request.input_channels_last);
