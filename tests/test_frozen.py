@@ -781,6 +781,9 @@ HOSTILE_LINES = [
     "full -> y value=1 sizes=-1",
     "full -> y value=1 sizes=4611686018427387904",
     "full -> y sizes=2",
+    "attention query=x key=x -> y",
+    "attention query=x key=x value=w1 -> y",
+    "attention query=x key=x value=x -> y scale=a",
     "amax input=x -> y dims=2",
     "amax input=x -> y dims=-3",
     "group_norm input=x -> y",
@@ -1244,6 +1247,51 @@ def test_networks(name: str, dtype: torch.dtype) -> None:
     for batch in (sizes[0], 1, 9):
         x = torch.randn(batch, *sizes[1:], dtype=dtype)
         assert_close(frozen(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+class Attends(nn.Module):
+    """Torch's own encoder layers, attention by itself with a mask of the past, and a product of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
+        self.weight = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(x) @ self.weight
+        q, k, v = h.chunk(3, -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@torch.no_grad()
+def test_attention(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Attends().to(dtype).eval(), torch.randn(3, 7, 8, dtype=dtype)
+    frozen = fastnn.freeze(model, x)
+    assert isinstance(frozen, fastnn.FrozenModel)
+    for sizes in ((3, 7, 8), (1, 7, 8), (4, 9, 8)):
+        x = torch.randn(sizes, dtype=dtype)
+        assert_close(frozen(x), model(x))
+
+
+@torch.no_grad()
+def test_columns_of_some_rows() -> None:
+    """An embedding of a column that is cut reads the column that torch has cut."""
+
+    class OfSome(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.fc = nn.Embedding(9, 3), nn.Linear(3, 2)
+
+        def forward(self, numbers: Tensor) -> Tensor:
+            return self.fc(self.words(numbers[:, 1:, 0]).sum(1) + self.words(numbers[:, -1, 1]))
+
+    model, numbers = OfSome().eval(), torch.randint(0, 9, (5, 4, 2))
+    frozen, fused = fastnn.freeze(model, numbers), fastnn.fuse(copy.deepcopy(model))
+    for batch in (5, 1, 3):
+        assert_close(frozen(numbers[:batch]), model(numbers[:batch]))
+        assert_close(fused(numbers[:batch]), model(numbers[:batch]))
 
 
 class Siren(nn.Module):

@@ -32,6 +32,7 @@ const std::vector<LayerEntry>& layer_entries() {
         linear_entry(),
         rnn_entry(),
         matmul_entry(),
+        attention_entry(),
         embedding_entry(),
         activation_entry(),
         clamp_entry(),

@@ -75,8 +75,10 @@ class Reader:
             return False
         given: Any = node.args[0]
         if node.target is _aten.slice.Tensor:  # of the whole, which comes before a number that chooses
-            return _same(_sizes(given), _sizes(node)) and given.op == "placeholder"
-        if given.target is _aten.slice.Tensor and given.op != "placeholder":
+            return given.op == "placeholder" and _same(_sizes(given), _sizes(node))
+        if given.target is _aten.slice.Tensor:
+            if not _same(_sizes(given.args[0]), _sizes(given)):
+                return False
             given = given.args[0]
         if given.op != "placeholder" or not all(type(one) is int for one in node.args[1:]):
             return False
@@ -606,16 +608,11 @@ def _attention(
     read: Reader, node: Node, q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False
 ) -> None:  # fmt: skip
-    query, key, value = read.data(q), read.data(k), read.data(v)
-    features = query.sizes[-1]
-    if mask is not None or dropout_p or is_causal or enable_gqa or not isinstance(features, int):
-        raise NotALayerError("has a mask, a dropout, groups, or features whose number depends on the input")
-    rank = len(key.sizes)
-    turned = read.permute(key, [*range(rank - 2), rank - 1, rank - 2])
-    scores = read.add("matmul", {"input": [query], "other": [turned]}, (*_sizes(node)[:-1], key.sizes[-2]))
-    scores = read.binary("mul", scores, scale if scale is not None else features**-0.5)
-    weights = read.add("softmax", {"input": [scores]}, scores.sizes)
-    read.finish(node, read.add("matmul", {"input": [weights], "other": [value]}, _sizes(node)))
+    given = {"query": [read.data(q)], "key": [read.data(k)], "value": [read.data(v)]}
+    if mask is not None or dropout_p or enable_gqa or not isinstance(scale, (int, float, type(None))):
+        raise NotALayerError("has a mask, a dropout, groups of queries, or a scale that is computed")
+    text = "" if scale is None else repr(float(scale))
+    read.finish(node, read.add("attention", given, _sizes(node), is_causal=is_causal, scale=text))
 
 
 @_row(_aten.group_norm.default)

@@ -173,6 +173,12 @@ def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
     return [F.layer_norm(x, sizes, weight, bias, line["epsilon"])]
 
 
+def _attention(line: TextLine, taken: Taken) -> list[Tensor]:
+    query, key, value = (_one(taken, name) for name in ("query", "key", "value"))
+    scale = float(line["scale"]) if line["scale"] else None
+    return [F.scaled_dot_product_attention(query, key, value, is_causal=line["is_causal"], scale=scale)]
+
+
 def _group_norm(line: TextLine, taken: Taken) -> list[Tensor]:
     x = _one(taken, "input")
     groups = line["groups"] or x.shape[1]
@@ -292,6 +298,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "upsample": _upsample,
     "linear": _linear,
     "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
+    "attention": _attention,
     "rnn": rnn_layer,
     "embedding": _embedding,
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],

@@ -1,4 +1,5 @@
-// matmul: the product of two values, or of a value and a weight, by torch.
+// matmul and attention, by torch: the product of two values, or of a value and a weight; and values that are weighted
+// by the softmax of products of queries and keys.
 #pragma once
 
 #include "../../ops/stock.h"
@@ -32,6 +33,52 @@ class MatmulLayer : public Layer<T> {
   }
 };
 
+// Query (..., queries, features), key (..., keys, features), value (..., keys, outputs) -> (..., queries, outputs), as
+// torch's scaled_dot_product_attention without a mask. Torch never lays out all products.
+template <class T>
+class AttentionLayer : public Layer<T> {
+ public:
+  AttentionLayer(const ProgramLine& line, const Weights<T>&)
+      : is_causal_(line.flag("is_causal")), scales_(!line.text("scale").empty()) {
+    this->inputs = {line.input("query"), line.input("key"), line.input("value")};
+    if (scales_) scale_ = line.real("scale");
+  }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints &query = site.sizes(0), &key = site.sizes(1), &value = site.sizes(2);
+    const size_t rank = query.size();
+    FASTNN_CHECK(rank >= 2 && key.size() == rank && value.size() == rank,
+                 "expected values of one number of dimensions");
+    for (size_t d = 0; d + 2 < rank; ++d) {
+      FASTNN_CHECK(key[d] == query[d] && value[d] == query[d], "expected values of one batch, got sizes ",
+                   to_string(query), ", ", to_string(key), " and ", to_string(value));
+    }
+    FASTNN_CHECK(key[rank - 1] == query[rank - 1] && value[rank - 2] == key[rank - 2], "sizes ", to_string(query), ", ",
+                 to_string(key), " and ", to_string(value), " do not go together");
+    site.outputs[0].sizes = query;
+    site.outputs[0].sizes.back() = value.back();
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto tensor = [&](size_t i) {
+      const ValueType& type = call.site.inputs[i];
+      return tensor_over(call.input(i), type.sizes, type.strides());
+    };
+    const ValueType& output = call.site.outputs[0];
+    const Tensor found =
+        stock("aten::scaled_dot_product_attention", "", tensor(0), tensor(1), tensor(2), OptionalTensor(), 0.0,
+              is_causal_, scales_ ? std::optional<double>(scale_) : std::optional<double>(), false);
+    stock("aten::copy_", "", tensor_over(call.output(0), output.sizes, output.strides()), found, false);
+  }
+
+ private:
+  bool is_causal_, scales_;
+  double scale_ = 0;
+};
+
+inline LayerEntry attention_entry() {
+  return layer_entry<AttentionLayer>("attention", {"query", "key", "value"},
+                                     {{"is_causal", "bool", "0"}, {"scale", "text", ""}});
+}
 inline LayerEntry matmul_entry() {
   return layer_entry<MatmulLayer>("matmul", {"input", "other"}, {});
 }
