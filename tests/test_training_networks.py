@@ -265,7 +265,7 @@ def _uneven(m: Any, x: Tensor) -> Tensor:
 
 
 def _groups(m: Any, x: Tensor) -> Tensor:
-    h = F.leaky_relu(m.instance(m.first(x)), 0.01)
+    h = F.leaky_relu(m.instance(m.first(x)), 0.01, inplace=True)
     h = F.glu(m.group(m.second(h)), 1)
     h = m.plain(h) + F.group_norm(h, 2, m.scale, m.shift, eps=0.1)
     return F.interpolate(m.out(h), scale_factor=2)

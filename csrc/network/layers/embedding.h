@@ -62,7 +62,7 @@ class EmbeddingLayer : public Layer<T> {
       numbers += chosen_.index(sizes) * run;
       count /= sizes[dim];
     }
-    const auto number = [&](int64_t i) { return numbers[i / run * step + i % run]; };
+    const auto number = [&](int64_t i) { return numbers[run == 1 ? i * step : i / run * step + i % run]; };
     for (int64_t i = 0; i < count; ++i) FASTNN_CHECK(number(i) >= 0 && number(i) < rows_, "index out of range in self");
     parallel_range(count, kCopyWork * static_cast<double>(features_), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
