@@ -375,7 +375,8 @@ VIEWS = frozenset(
 _NOT_SAVED = frozenset(
     {
         *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
-        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp", "repeat"),
+        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp"),
+        "repeat",
     }
 )
 
