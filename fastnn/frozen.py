@@ -5,6 +5,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, product
 from typing import Any
 
@@ -133,7 +134,7 @@ def _find_dependence(
                     found = frozen(*inputs)
                 except Exception:  # the model's own Python may refuse a size in any words
                     continue
-                if not _agree(found, wanted, lambda given=inputs: in_double(*given)):  # type: ignore[misc]
+                if not _agree(found, wanted, partial(in_double, *inputs)):
                     return place, dim
     return None
 
@@ -250,7 +251,7 @@ def _compare(
         found = frozen(*inputs)
     except RuntimeError as error:
         raise ValueError(f"freeze: the frozen model does not take what the model does: {error}") from error
-    if _agree(found, expected, lambda: in_double(*inputs)):
+    if _agree(found, expected, partial(in_double, *inputs)):
         return
     results, wanted = pytree.tree_leaves(found), pytree.tree_leaves(expected)
     words = (
@@ -273,10 +274,10 @@ def _agree(found: Any, expected: Any, compute_exact: Callable[[], Any]) -> bool:
         return False
     if all(map(_is_close, results, wanted)):
         return True
-    # A model may enlarge rounding errors, as a SIREN does: then ours should be no larger than the model's own.
+    # A model may enlarge rounding errors, as a SIREN does. Those of the frozen model are compared with the model's own.
     try:
         exact = pytree.tree_leaves(compute_exact())
-    except (RuntimeError, TypeError):  # such as of a model with a dtype in its Python
+    except (RuntimeError, TypeError):  # A model whose Python names a dtype may not run in float64.
         return False
     return len(exact) == len(results) and all(map(_is_as_exact, results, wanted, exact))
 
@@ -301,6 +302,7 @@ def _is_close(result: Any, wanted: Any) -> bool:
 
 
 def _is_as_exact(result: Any, wanted: Any, exact: Any) -> bool:
+    """Whether the frozen model's error is at most four times the model's, which must be small itself."""
     if not isinstance(result, Tensor) or not result.is_floating_point() or result.shape != exact.shape:
         return _is_close(result, wanted)
     ours, models = (float((one.double() - exact).abs().max()) for one in (result, wanted))

@@ -72,6 +72,10 @@ class Line:
         self.inputs[name] = [Value(tensor.shape, tensor)]
 
 
+# The functions of a "unary" line, by torch's names.
+UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p")
+
+
 def write_attribute(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn import _C
 from fastnn.graph.rewriting import rewrite_unpacked
-from fastnn.network_program import Line, Value, write
+from fastnn.network_program import UNARY, Line, Value, write
 from fastnn.recurrent_modes import MODES
 from fastnn.reference.network import network
 from fastnn.testing import using_threads
@@ -411,7 +411,7 @@ def _repeat(b: _Builder) -> None:
     kind, like = b.random.choice(("expand", "repeat", "full")), {"input": [x], "like": [x]}
     written: list[Any] = [f"0.{dim}" if b.random.random() < 0.5 else size for dim, size in enumerate(x.sizes)]
     if kind == "full":
-        attributes: dict[str, Any] = {"is_like": True} if b.random.random() < 0.5 else {"sizes": written}
+        attributes: dict[str, Any] = {"sizes": written} if b.random.random() < 0.5 else {}
         b.add("full", {"like": [x]}, x.sizes, value=b.random.uniform(-1, 1), **attributes)
         return
     more = [b.random.randint(1, 3)] if len(x.sizes) < 4 and b.random.random() < 0.5 else []
@@ -437,7 +437,7 @@ def _element(b: _Builder) -> None:
         b.add("clamp", {"input": [x]}, x.sizes, **bounds)
         return
     value = b.add("unary", {"input": [x]}, x.sizes, function="abs")
-    function = b.random.choice(("abs", "sqrt", "rsqrt", "log", "log1p"))
+    function = b.random.choice(UNARY)
     if function != "abs":
         value = b.add("binary", {"input": [value]}, x.sizes, function="add", number=0.5)
         b.add("unary", {"input": [value]}, x.sizes, function=function)

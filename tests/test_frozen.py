@@ -776,7 +776,7 @@ HOSTILE_LINES = [
     "repeat input=x -> y sizes=1",
     "repeat input=x -> y sizes=1,-1",
     "repeat input=x -> y sizes=9223372036854775807,9223372036854775807",
-    "full -> y value=1 is_like=1",
+    "full like=x,x -> y value=1 sizes=2.0",
     "full like=x -> y value=1 sizes=0.2",
     "full -> y value=1 sizes=-1",
     "full -> y value=1 sizes=4611686018427387904",

@@ -19,12 +19,12 @@ bool is_depthwise(const ConvPoolGeometry& g) {
 // whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's speed
 // (measured).
 template <class T>
-ForwardAlgorithm forward_algorithm(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
+ForwardAlgorithm choose_forward(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
   const ConvPoolGeometry& g = problem.geometry;
   if (g.batch == 0) return ForwardAlgorithm::stock;
   const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
   const ForwardAlgorithm chosen = plan_for(key).algorithm;
-  // Of images of one pixel torch alone knows which format they have.
+  // Images of one pixel are left to torch, whose result has strides of its own then.
   const bool is_ours = chosen == ForwardAlgorithm::winograd || (is_depthwise(g) && g.pixels() > 1);
   return is_ours ? chosen : ForwardAlgorithm::stock;
 }
@@ -69,7 +69,7 @@ Tensor plain_convolution(const Tensor& input, const Tensor& weight, const Option
   const bool channels_last = output_is_channels_last(problem, input, weight);
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
-    if (forward_algorithm<T>(problem, input, channels_last) == ForwardAlgorithm::stock) {
+    if (choose_forward<T>(problem, input, channels_last) == ForwardAlgorithm::stock) {
       return convolution(input, weight, bias, stock_convolution(problem.geometry, problem.dims));
     }
     Tensor output = new_formatted(output_sizes(problem), problem.kind.dtype, channels_last);
@@ -155,7 +155,7 @@ std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, 
     using T = decltype(type);
     const bool channels_last = output_is_channels_last(problem, input, weight);
     const Wanted all{true, true, true};
-    return {kForwardEntries[static_cast<int>(forward_algorithm<T>(problem, input, channels_last))].name,
+    return {kForwardEntries[static_cast<int>(choose_forward<T>(problem, input, channels_last))].name,
             kBackwardEntries[static_cast<int>(backward_plan<T>(problem, input, all).algorithm)].name};
   });
 }

@@ -200,7 +200,8 @@ FASTNN_INLINE QuarterTurns<double> quarter_turns_of(Vec<double> x) {
   constexpr double shift = ExpConstants<double>::round_to_integer;
   const Vec<double> shifted = x * 0.63661977236758134308 + shift, n = shifted - shift;
   const Vec<double> rest = ((x - n * 1.57079632673412561417) - n * 6.07710050630396597660e-11);
-  return {rest - n * 2.02226624879595063154e-21, (Vec<int64_t>)shifted};  // whose lowest bits are n's
+  // The lowest bits of `shifted` are those of the integer n.
+  return {rest - n * 2.02226624879595063154e-21, (Vec<int64_t>)shifted};
 }
 
 // sin(x + quarters * pi/2) by the C library, a lane at a time: for the angles that quarter_turns_of does not take.

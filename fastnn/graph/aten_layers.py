@@ -18,7 +18,8 @@ from torch.fx import Graph, Node
 
 from fastnn import activations
 from fastnn._torch import statically_known_true
-from fastnn.network_program import Line, Value, conv_attributes
+from fastnn.network_program import UNARY, Line, Value, conv_attributes
+from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
 from fastnn.recurrent_modes import MODES
 
 _aten, _ops = torch.ops.aten, torch.ops.fastnn
@@ -178,7 +179,7 @@ class Reader:
         return written, like
 
     def whole_sizes(self, sizes: Sequence[Any], first: Value | None = None) -> tuple[list[Any], list[Value]]:
-        """The same, of sizes of which each must be known."""
+        """What `write_sizes` gives, where each size must be known."""
         written, like = self.write_sizes(sizes, first)
         if -1 in written:
             raise NotALayerError(_UNKNOWN_SIZES)
@@ -259,12 +260,10 @@ def _conv(
     if len(value.sizes) != dims + 2:
         raise NotALayerError("is a single image without a batch")
     if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(_numbers(dilation, dims), kernel, strict=True)]
-        padding = [one // 2 for one in total]
-        if any(one % 2 for one in total):  # one row more behind the input
-            sizes = [*value.sizes[:2], *(size + one % 2 for size, one in zip(value.sizes[2:], total, strict=True))]
-            more = [side for one in reversed(total) for side in (0, one % 2)]
-            value = read.add("pad", {"input": [value]}, sizes, padding=more, value=0.0)
+        padding, ends = same_padding(kernel, _numbers(dilation, dims)) if padding == "same" else (0, [])
+        if any(ends):
+            sizes = [*value.sizes[:2], *(size + end for size, end in zip(value.sizes[2:], ends, strict=True))]
+            value = read.add("pad", {"input": [value]}, sizes, padding=pad_of_ends(ends), value=0.0)
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes: dict[str, Any] = {name: _numbers(value, dims) for name, value in settings.items()}
     read.finish(node, read.add("conv", {"input": [value], **given}, _sizes(node), **attributes, groups=groups))
@@ -567,7 +566,7 @@ def _clamp_max(read: Reader, node: Node, x: Any, most: Any) -> None:
     _clamp(read, node, x, None, most)
 
 
-_UNARY = {getattr(_aten, name).default: name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")}
+_UNARY = {getattr(_aten, name).default: name for name in UNARY}
 
 
 @_row(*_UNARY)

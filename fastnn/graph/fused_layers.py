@@ -24,10 +24,10 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import chooses_last, kernel_of
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
-from fastnn.network_program import POOL_NAMES, Line, Value, conv_attributes
+from fastnn.network_program import POOL_NAMES, UNARY, Line, Value, conv_attributes
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
-from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, pad_of_ends, same_padding
 from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
@@ -287,11 +287,12 @@ class Reader:
             return [value], _each(padding, dims)
         if padding not in ("same", "valid") or len(weight.sizes) != dims + 2 or (padding == "same" and max(stride) > 1):
             raise NotANetworkError(f"a convolution's padding is {padding!r}")
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.sizes[2:], strict=True)]
-        if any(one % 2 for one in total):
-            more = [side for one in reversed(total) for side in (0, one % 2)]
-            value = self.add(None, "pad", {"input": [value]}, padding=more, value=0.0)
-        return [value], [one // 2 for one in total]
+        if padding == "valid":
+            return [value], [0] * dims
+        both, ends = same_padding(weight.sizes[2:], dilation)
+        if any(ends):
+            value = self.add(None, "pad", {"input": [value]}, padding=pad_of_ends(ends), value=0.0)
+        return [value], both
 
     def _note_settings(self, layer: Layer) -> None:
         if layer.module is not None:
@@ -738,11 +739,7 @@ def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
     _clamp(read, node, x, None, max)
 
 
-_UNARY = {
-    **{getattr(torch, name): name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")},
-    **{name: name for name in ("abs", "sqrt", "rsqrt", "log", "log1p")},
-    operator.abs: "abs",
-}
+_UNARY = {**{getattr(torch, name): name for name in UNARY}, **{name: name for name in UNARY}, operator.abs: "abs"}
 
 
 @_row(*_UNARY)
@@ -1208,7 +1205,7 @@ def _note_constant(
     if not (dtype is None or isinstance(dtype, Node)) and dtype != read.dtype():
         raise NotANetworkError(f"a constant is of {dtype}")
     if sizes is None:
-        read.constants[node] = {"like": [like] if like else []}, {"is_like": True, "value": float(number)}
+        read.constants[node] = {"like": [like] if like else []}, {"value": float(number)}
         return
     written, known = _write_sizes(read, sizes)
     read.constants[node] = {"like": known}, {"sizes": written, "value": float(number)}

@@ -41,6 +41,7 @@ from fastnn.ops.conv_relu_max_pool import (
     conv_relu_max_pool2d,
     conv_relu_max_pool3d,
     flat_geometry,
+    same_padding,
 )
 from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
@@ -244,10 +245,11 @@ def kernel_sizes(conv: Any) -> tuple[int, ...]:
 
 def _padding_in_numbers(name: str, conv: Any) -> tuple[int, ...] | None:
     """The padding in numbers: of "valid", or of "same" where it pads both sides alike. Else None."""
-    total = [d * (k - 1) if name == "same" else 0 for d, k in zip(conv.dilation, kernel_sizes(conv), strict=True)]
-    if name not in ("valid", "same") or any(t % 2 for t in total):
-        return None
-    return tuple(t // 2 for t in total)
+    kernel = kernel_sizes(conv)
+    if name == "valid":
+        return (0,) * len(kernel)
+    both, ends = same_padding(kernel, conv.dilation)
+    return tuple(both) if name == "same" and not any(ends) else None
 
 
 # ---- matches --------------------------------------------------------------------------------------------------------

@@ -30,8 +30,9 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
 _NORMAL_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)
-_SELU_SCALE = tl.constexpr(1.0507009873554805)
-_SELU_SCALE_ALPHA = tl.constexpr(1.7580993408473766)
+_SCALE, _ALPHA = 1.0507009873554805, 1.6732632423543772  # SELU's
+_SELU_SCALE = tl.constexpr(_SCALE)
+_SELU_SCALE_ALPHA = tl.constexpr(_SCALE * _ALPHA)
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _TWICE_LOG2_E = tl.constexpr(2.8853900817779268)
 # tanh(x) = x + x (_TANH_3 x^2 + ..) for |x| < 0.55, with a relative error of 4e-8.
@@ -212,7 +213,7 @@ STOCK_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "hardswish": _aten.hardswish_backward,
     "softplus": _aten.softplus_backward,
     "hardtanh": _aten.hardtanh_backward,
-    "selu": lambda grad, saved: _aten.elu_backward(grad, 1.6732632423543772, 1.0507009873554805, 1, False, saved),
+    "selu": lambda grad, saved: _aten.elu_backward(grad, _ALPHA, _SCALE, 1, False, saved),
     "mish": _aten.mish_backward,
     "exp": lambda grad, saved: grad * saved,
     "sin": lambda grad, saved: grad * saved.cos(),

@@ -269,6 +269,17 @@ def _numbers(value: Any, count: int) -> list[int] | None:
     return numbers if len(numbers) == count else numbers * count
 
 
+def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What the padding "same" means in each dimension: how many elements on both sides, and how many more behind."""
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=False)]
+    return [t // 2 for t in total], [t % 2 for t in total]
+
+
+def pad_of_ends(ends: Sequence[int]) -> list[int]:
+    """The argument of ``F.pad`` that adds so many elements behind each of the last dimensions."""
+    return [side for end in reversed(ends) for side in (0, end)]
+
+
 def _named_padding(
     name: str, dims: int, input: Tensor, weight: Tensor, stride: Size, dilation: Size
 ) -> tuple[Tensor, list[int] | str]:
@@ -284,10 +295,8 @@ def _named_padding(
         return input, name
     if any(s != 1 for s in strides):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=False)]
-    if any(t % 2 for t in total):
-        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
-    return input, [t // 2 for t in total]
+    both, ends = same_padding(weight.shape[2:], dilations)
+    return (F.pad(input, pad_of_ends(ends)) if any(ends) else input), both
 
 
 class ConvReluMaxPool(torch.autograd.Function):

@@ -211,16 +211,18 @@ def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
 
 
 def _expand(line: TextLine, taken: Taken) -> list[Tensor]:
-    return [_one(taken, "input").expand(_sizes(line, taken) or taken["like"][0].shape)]
+    return [_one(taken, "input").expand(_sizes(line, taken))]
 
 
 def _full(line: TextLine, taken: Taken) -> list[Tensor]:
-    sizes = taken["like"][0].shape if line["is_like"] else _sizes(line, taken)
-    return [torch.full(sizes, line["value"], dtype=torch.float64)]
+    return [torch.full(_sizes(line, taken), line["value"], dtype=torch.float64)]
 
 
 def _sizes(line: TextLine, taken: Taken) -> list[int]:
-    """The sizes that a line asks for: numbers, or products of dimensions of the values `like`."""
+    """The sizes that a line asks for: numbers, or products of dimensions of the values `like`; without sizes, those of
+    the one value `like`."""
+    if not line["sizes"] and len(taken.get("like", ())) == 1:
+        return list(taken["like"][0].shape)
     sizes = []
     for size in line["sizes"]:
         if isinstance(size, str):

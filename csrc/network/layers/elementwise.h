@@ -17,15 +17,20 @@ const T* whole_input(const LayerCall<T>& call) {
   return call.output(0);
 }
 
+// A layer of one input, of which it computes each element by itself.
 template <class T>
-class ActivationLayer : public Layer<T> {
+class UnaryLayer : public Layer<T> {
  public:
-  ActivationLayer(const ProgramLine& line, const Weights<T>&) : activation_(line.activation()) {
-    this->inputs = {line.input("input")};
-  }
+  explicit UnaryLayer(const ProgramLine& line) { this->inputs = {line.input("input")}; }
   FormatRule formats() const override { return FormatRule::alike; }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+};
+
+template <class T>
+class ActivationLayer : public UnaryLayer<T> {
+ public:
+  ActivationLayer(const ProgramLine& line, const Weights<T>&) : UnaryLayer<T>(line), activation_(line.activation()) {}
   void run(const LayerCall<T>& call) const override {
     activate(activation_, whole_input(call), call.site.outputs[0].count(), call.output(0));
   }
@@ -36,19 +41,14 @@ class ActivationLayer : public Layer<T> {
 
 // Keeps the elements between two bounds, of which either may be infinite.
 template <class T>
-class ClampLayer : public Layer<T> {
+class ClampLayer : public UnaryLayer<T> {
  public:
-  ClampLayer(const ProgramLine& line, const Weights<T>&) : bounds_(bounds_of(line)) {
-    this->inputs = {line.input("input")};
-  }
+  ClampLayer(const ProgramLine& line, const Weights<T>&) : UnaryLayer<T>(line), bounds_(bounds_of(line)) {}
   // The bounds as an activation. Where they are in the wrong order, torch takes the larger of them for both.
   static Activation bounds_of(const ProgramLine& line) {
     const double most = line.real("max");
     return {ActivationKind::hardtanh, {std::min(line.real("min"), most), most}};
   }
-  FormatRule formats() const override { return FormatRule::alike; }
-  bool reads_parts() const override { return true; }
-  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
   void run(const LayerCall<T>& call) const override {
     activate(bounds_, whole_input(call), call.site.outputs[0].count(), call.output(0));
   }
@@ -57,28 +57,31 @@ class ClampLayer : public Layer<T> {
   Activation bounds_;
 };
 
-// A function of each element that torch computes.
-enum class UnaryKind : int32_t { abs, sqrt, rsqrt, log, log1p };
+// The functions of an element that torch computes. X(name): torch's name of the function.
+#define FASTNN_FOR_EACH_UNARY(X) X(abs) X(sqrt) X(rsqrt) X(log) X(log1p)
+enum class UnaryKind : int32_t {
+#define FASTNN_ENUMERATOR(name) name,
+  FASTNN_FOR_EACH_UNARY(FASTNN_ENUMERATOR)
+#undef FASTNN_ENUMERATOR
+};
 inline UnaryKind unary_kind(const ProgramLine& line) {
-  static constexpr const char* names[] = {"abs", "sqrt", "rsqrt", "log", "log1p"};
   const std::string_view function = line.text("function");
-  for (size_t kind = 0; kind < std::size(names); ++kind) {
-    if (function == names[kind]) return static_cast<UnaryKind>(kind);
-  }
+#define FASTNN_IF_NAMED(name) \
+  if (function == #name) return UnaryKind::name;
+  FASTNN_FOR_EACH_UNARY(FASTNN_IF_NAMED)
+#undef FASTNN_IF_NAMED
   line.refuse("there is no function \"", std::string(function), "\"");
+}
+// The name of torch's operator that computes the line's function.
+inline std::string stock_unary_name(const ProgramLine& line) {
+  unary_kind(line);  // Raises for a name that is none of those above.
+  return "aten::" + std::string(line.text("function"));
 }
 
 template <class T>
-class UnaryLayer : public Layer<T> {
+class FunctionLayer : public UnaryLayer<T> {
  public:
-  UnaryLayer(const ProgramLine& line, const Weights<T>&) {
-    unary_kind(line);  // raises
-    name_ = "aten::" + std::string(line.text("function"));
-    this->inputs = {line.input("input")};
-  }
-  FormatRule formats() const override { return FormatRule::alike; }
-  bool reads_parts() const override { return true; }
-  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = site.sizes(0); }
+  FunctionLayer(const ProgramLine& line, const Weights<T>&) : UnaryLayer<T>(line), name_(stock_unary_name(line)) {}
   void run(const LayerCall<T>& call) const override {
     const Ints one{1}, count{call.site.outputs[0].count()};
     const Tensor to = tensor_over(call.output(0), count, one);
@@ -155,7 +158,7 @@ inline LayerEntry clamp_entry() {
   return layer_entry<ClampLayer>("clamp", {"input"}, {{"min", "float", "-inf"}, {"max", "float", "inf"}});
 }
 inline LayerEntry unary_entry() {
-  return layer_entry<UnaryLayer>("unary", {"input"}, {{"function", "text", nullptr}});
+  return layer_entry<FunctionLayer>("unary", {"input"}, {{"function", "text", nullptr}});
 }
 inline LayerEntry binary_entry() {
   return layer_entry<BinaryLayer>("binary", {"input", "other?"},

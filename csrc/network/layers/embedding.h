@@ -2,38 +2,19 @@
 // that has a column for each embedding.
 #pragma once
 
-#include "../array.h"
+#include "shape.h"
 
 namespace fastnn {
 
-// Which numbers of its input an embedding takes: all, or those at one place of a dimension, without the dimension.
-class ChosenNumbers {
- public:
-  explicit ChosenNumbers(const ProgramLine& line)
-      : line_(line), chooses_(line.flag("selects")), dim_(line.integer("dim", -16, 15)) {
-    constexpr int64_t kFar = int64_t{1} << 40;
-    index_ = line.integer("index", -kFar, kFar);
-  }
-  bool is_all() const { return !chooses_; }
-  size_t dim(const Ints& sizes) const { return dimension_of(line_, dim_, sizes.size()); }
-  // The place in the dimension.
-  int64_t index(const Ints& sizes) const {
-    const int64_t size = sizes[dim(sizes)];
-    FASTNN_CHECK(index_ >= -size && index_ < size, "select(): index ", index_, " out of range for tensor of size ",
-                 to_string(sizes), " at dimension ", dim(sizes));
-    return index_ < 0 ? index_ + size : index_;
-  }
-
- private:
-  ProgramLine line_;
-  bool chooses_;
-  int64_t dim_, index_;
-};
+// Which column of its input an embedding takes; nothing where it takes all numbers.
+inline std::optional<Selection> column_of(const ProgramLine& line) {
+  return line.flag("selects") ? std::optional<Selection>(line) : std::nullopt;
+}
 
 template <class T>
 class EmbeddingLayer : public Layer<T> {
  public:
-  EmbeddingLayer(const ProgramLine& line, const Weights<T>& weights) : chosen_(line) {
+  EmbeddingLayer(const ProgramLine& line, const Weights<T>& weights) : column_(column_of(line)) {
     this->inputs = {line.input("input")};
     const auto& weight = weights.of(line, "weight");
     if (weight.sizes.size() != 2) line.refuse("expected a weight of 2 dimensions");
@@ -43,23 +24,18 @@ class EmbeddingLayer : public Layer<T> {
   }
   void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(site.inputs[0].is_integer, "expected an embedding's input to be int64");
-    Ints& sizes = site.outputs[0].sizes;
-    sizes = site.sizes(0);
-    if (!chosen_.is_all()) {
-      chosen_.index(sizes);  // raises
-      sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(chosen_.dim(sizes)));
-    }
-    sizes.push_back(features_);
+    site.outputs[0].sizes = column_ ? column_->rest(site.sizes(0)) : site.sizes(0);
+    site.outputs[0].sizes.push_back(features_);
   }
   void run(const LayerCall<T>& call) const override {
     const int64_t* numbers = static_cast<const int64_t*>(call.inputs[0]);
     const Ints& sizes = call.site.sizes(0);
     int64_t count = call.site.inputs[0].count(), run = 1, step = 1;  // `run` numbers beside one another, every `step`
-    if (!chosen_.is_all()) {
-      const size_t dim = chosen_.dim(sizes);
+    if (column_) {
+      const size_t dim = column_->dim(sizes);
       run = product(sizes, dim + 1, sizes.size());
       step = run * sizes[dim];
-      numbers += chosen_.index(sizes) * run;
+      numbers += column_->index(sizes) * run;
       count /= sizes[dim];
     }
     const auto number = [&](int64_t i) { return numbers[run == 1 ? i * step : i / run * step + i % run]; };
@@ -75,7 +51,7 @@ class EmbeddingLayer : public Layer<T> {
   }
 
  private:
-  ChosenNumbers chosen_;
+  std::optional<Selection> column_;
   const T* weight_;
   int64_t rows_, features_;
 };

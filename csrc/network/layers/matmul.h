@@ -34,7 +34,8 @@ class MatmulLayer : public Layer<T> {
 };
 
 // Query (..., queries, features), key (..., keys, features), value (..., keys, outputs) -> (..., queries, outputs), as
-// torch's scaled_dot_product_attention without a mask. Torch never lays out all products.
+// torch's scaled_dot_product_attention without a mask. Torch multiplies long sequences block by block, so that the
+// products of all queries and keys need no memory.
 template <class T>
 class AttentionLayer : public Layer<T> {
  public:

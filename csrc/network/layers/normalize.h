@@ -155,14 +155,8 @@ class GroupNormLayer : public Layer<T> {
         epsilon_(line.real("epsilon")),
         activation_(line.activation()) {
     this->inputs = {line.input("input")};
-    for (const char* const name : {"weight", "bias"}) {
-      if (!line.has(name)) continue;
-      const auto& weight = weights.of(line, name);
-      if (weight.sizes.size() != 1) line.refuse("expected a ", name, " of 1 dimension");
-      (*name == 'w' ? weight_ : bias_) = weight.data;
-      if (channels_ != -1 && channels_ != weight.sizes[0]) line.refuse("weight and bias differ in size");
-      channels_ = weight.sizes[0];
-    }
+    weight_ = of_channels(line, weights, "weight");
+    bias_ = of_channels(line, weights, "bias");
   }
   void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
@@ -196,7 +190,7 @@ class GroupNormLayer : public Layer<T> {
         const double many = static_cast<double>(count), offset = sums[0] / many;
         const double mean = static_cast<double>(from[0]) + offset;
         double variance = std::max(0.0, sums[1] / many - offset * offset);
-        if (sizeof(T) == sizeof(double)) {  // of which the difference would lose digits
+        if (sizeof(T) == sizeof(double)) {  // The difference above has lost digits that a double shows.
           double again[2] = {0, 0};
           kernels.add_moments(from, count, static_cast<T>(mean), again);
           variance = again[1] / many;
@@ -216,7 +210,16 @@ class GroupNormLayer : public Layer<T> {
   }
 
  private:
-  int64_t groups_, dims_, channels_ = -1;
+  const T* of_channels(const ProgramLine& line, const Weights<T>& weights, const char* name) {
+    if (!line.has(name)) return nullptr;
+    const auto& weight = weights.of(line, name);
+    if (weight.sizes.size() != 1) line.refuse("expected a ", name, " of 1 dimension");
+    if (channels_ != -1 && channels_ != weight.sizes[0]) line.refuse("weight and bias differ in size");
+    channels_ = weight.sizes[0];
+    return weight.data;
+  }
+
+  int64_t groups_, dims_, channels_ = -1;  // channels_: of the weight and the bias, if there are such
   double epsilon_;
   Activation activation_;
   const T *weight_ = nullptr, *bias_ = nullptr;

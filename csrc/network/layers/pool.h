@@ -265,35 +265,51 @@ class AdaptiveAverageLayer : public Layer<T> {
   Ints parts_;
 };
 
-// The mean or the sum over some dimensions. A mean over all pixels of an image takes either format.
+// A number for all elements of some dimensions, of all dimensions where none is named. A reduction over all pixels of
+// an image takes either format.
 template <class T>
-class MeanLayer : public Layer<T> {
+class ReductionLayer : public Layer<T> {
  public:
-  MeanLayer(const ProgramLine& line, const Weights<T>&) : line_(line) {
+  explicit ReductionLayer(const ProgramLine& line)
+      : line_(line), dims_(line.integers("dims", -16, 15)), keeps_(line.flag("keepdim")) {
     this->inputs = {line.input("input")};
-    dims_ = line.integers("dims", -16, 15);
-    keeps_ = line.flag("keepdim");
-    sums_ = line.flag("sums");
   }
   FormatRule formats() const override { return FormatRule::input; }
-
   void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
     const std::vector<bool> taken = which(sizes.size());
     for (size_t d = 0; d < sizes.size(); ++d) {
-      if (!taken[d]) {
-        site.outputs[0].sizes.push_back(sizes[d]);
-      } else if (keeps_) {
-        site.outputs[0].sizes.push_back(1);
-      }
+      if (!taken[d] || keeps_) site.outputs[0].sizes.push_back(taken[d] ? 1 : sizes[d]);
     }
   }
+
+ protected:
+  // Whether each dimension is reduced.
+  std::vector<bool> which(size_t rank) const {
+    std::vector<bool> taken(rank, dims_.empty());
+    for (const int64_t d : dims_) taken[dimension_of(line_, d, rank)] = true;
+    return taken;
+  }
+  const Ints& dims() const { return dims_; }
+  bool keeps() const { return keeps_; }
+
+ private:
+  ProgramLine line_;
+  Ints dims_;
+  bool keeps_;
+};
+
+// The mean or the sum over some dimensions.
+template <class T>
+class MeanLayer : public ReductionLayer<T> {
+ public:
+  MeanLayer(const ProgramLine& line, const Weights<T>&) : ReductionLayer<T>(line), sums_(line.flag("sums")) {}
 
   void run(const LayerCall<T>& call) const override {
     const auto& kernels = elementwise_kernels().get<T>();
     const ValueType& input = call.site.inputs[0];
     const size_t rank = input.sizes.size();
-    const std::vector<bool> taken = which(rank);
+    const std::vector<bool> taken = this->which(rank);
     // Where the dimensions that are taken lie together in memory, it is [outer][taken][inner].
     const Ints strides = input.strides();
     std::vector<size_t> order = memory_order(rank, input.channels_last());
@@ -348,15 +364,30 @@ class MeanLayer : public Layer<T> {
   }
 
  private:
-  std::vector<bool> which(size_t rank) const {
-    std::vector<bool> taken(rank, dims_.empty());
-    for (const int64_t d : dims_) taken[dimension_of(line_, d, rank)] = true;
-    return taken;
-  }
+  bool sums_;
+};
 
-  ProgramLine line_;
-  Ints dims_;
-  bool keeps_, sums_;
+// The largest element over some dimensions, by torch. `ties` says what backward does where several are the largest:
+// "even" shares the gradient among them, "first" gives it to the first.
+template <class T>
+class AmaxLayer : public ReductionLayer<T> {
+ public:
+  AmaxLayer(const ProgramLine& line, const Weights<T>&) : ReductionLayer<T>(line) {}
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    const std::vector<bool> taken = this->which(sizes.size());
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      FASTNN_CHECK(!taken[d] || sizes[d] > 0, "amax(): Expected reduction dim ", d, " to have non-zero size.");
+    }
+    ReductionLayer<T>::set_sizes(site);
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+    const Tensor to = tensor_over(call.output(0), output.sizes, output.strides());
+    const Tensor from = tensor_over(call.input(0), input.sizes, input.strides());
+    stock("aten::amax", "out", from, this->dims(), this->keeps(), to);
+  }
 };
 
 inline LayerEntry max_pool_entry() {
@@ -377,38 +408,6 @@ inline LayerEntry avg_pool_entry() {
 inline LayerEntry adaptive_avg_pool_entry() {
   return layer_entry<AdaptiveAverageLayer>("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}});
 }
-// The largest element over some dimensions, all of them where none is named; by torch. `ties` says what backward does
-// where several are the largest: "even" shares the gradient among them, "first" gives it to the first.
-template <class T>
-class AmaxLayer : public Layer<T> {
- public:
-  AmaxLayer(const ProgramLine& line, const Weights<T>&)
-      : line_(line), dims_(line.integers("dims", -16, 15)), keeps_(line.flag("keepdim")) {
-    this->inputs = {line.input("input")};
-  }
-  FormatRule formats() const override { return FormatRule::input; }
-  bool reads_parts() const override { return true; }
-  void set_sizes(Site<T>& site) const override {
-    const Ints& sizes = site.sizes(0);
-    std::vector<bool> taken(sizes.size(), dims_.empty());
-    for (const int64_t dim : dims_) taken[dimension_of(line_, dim, sizes.size())] = true;
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      FASTNN_CHECK(!taken[d] || sizes[d] > 0, "amax(): Expected reduction dim ", d, " to have non-zero size.");
-      if (!taken[d] || keeps_) site.outputs[0].sizes.push_back(taken[d] ? 1 : sizes[d]);
-    }
-  }
-  void run(const LayerCall<T>& call) const override {
-    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
-    const Tensor to = tensor_over(call.output(0), output.sizes, output.strides());
-    stock("aten::amax", "out", tensor_over(call.input(0), input.sizes, input.strides()), dims_, keeps_, to);
-  }
-
- private:
-  ProgramLine line_;
-  Ints dims_;
-  bool keeps_;
-};
-
 inline LayerEntry amax_entry() {
   return layer_entry<AmaxLayer>("amax", {"input"},
                                 {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}});

@@ -9,7 +9,8 @@ namespace fastnn {
 
 // The sizes that a line asks for. A size is a number; or a product of numbers and of "value.dimension", which means
 // that dimension of one of the line's values `like`. The product may be divided by a number and is then rounded down:
-// "0.1*0.2", "0.-1/2". A size may be -1; what that means, the layer says.
+// "0.1*0.2", "0.-1/2". A size may be -1; what that means, the layer says. A line that names one value `like`, and no
+// sizes, asks for the sizes of that value.
 class AskedSizes {
  public:
   // Sets a layer's inputs: those of these names, then the values `like`.
@@ -17,7 +18,7 @@ class AskedSizes {
     constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
     for (const char* const name : names) inputs.push_back(line.input(name));
     const auto found = line.inputs.find("like");
-    const size_t before = inputs.size();
+    before_ = inputs.size();
     if (found != line.inputs.end()) {
       like_ = found->second.size();
       inputs.insert(inputs.end(), found->second.begin(), found->second.end());
@@ -38,17 +39,19 @@ class AskedSizes {
         }
         if (like_ == 0) line.refuse("expected like=... for sizes of other values");
         const int64_t which = line.to_integer(factor.substr(0, dot), "sizes", 0, static_cast<int64_t>(like_) - 1);
-        size.dimensions.emplace_back(before + static_cast<size_t>(which),
+        size.dimensions.emplace_back(before_ + static_cast<size_t>(which),
                                      line.to_integer(factor.substr(dot + 1), "sizes", -16, 15));
       }
       sizes_.push_back(std::move(size));
     }
   }
   size_t like() const { return like_; }  // how many values
-  bool empty() const { return sizes_.empty(); }
+  // Whether the sizes are those of the value `like`.
+  bool are_another_values() const { return sizes_.empty() && like_ == 1; }
 
   template <class T>
   Ints of(const Site<T>& site) const {
+    if (are_another_values()) return site.sizes(before_);
     Ints sizes;
     for (const Size& size : sizes_) {
       int64_t number = size.factor;
@@ -71,7 +74,7 @@ class AskedSizes {
     int64_t divisor;
   };
   std::vector<Size> sizes_;
-  size_t like_ = 0;
+  size_t before_ = 0, like_ = 0;  // how many inputs come before the values `like`, and how many those are
 };
 
 // The same elements with other sizes. One size may be -1: it follows from the others.
@@ -110,20 +113,18 @@ class ReshapeLayer : public Layer<T> {
   AskedSizes asked_;
 };
 
-// The elements, repeated along dimensions that have one element. A size of -1 stays as it is; without sizes, they are
-// those of the value `like`.
+// The elements, repeated along dimensions that have one element. A size of -1 leaves the dimension as it is.
 template <class T>
 class ExpandLayer : public Layer<T> {
  public:
   ExpandLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
     this->sizes_only = asked_.like();
-    if (asked_.empty() && asked_.like() != 1) line.refuse("expected sizes, or one value like=...");
   }
   FormatRule formats() const override { return FormatRule::each; }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     const Ints& own = site.sizes(0);
-    Ints sizes = asked_.empty() ? site.sizes(1) : asked_.of(site);
+    Ints sizes = asked_.of(site);
     FASTNN_CHECK(sizes.size() >= own.size(), "expand: the number of sizes provided (", sizes.size(),
                  ") must be greater or equal to the number of dimensions in the tensor (", own.size(), ")");
     const size_t ahead = sizes.size() - own.size();
@@ -191,18 +192,16 @@ class FullLayer : public Layer<T> {
   FullLayer(const ProgramLine& line, const Weights<T>&)
       : asked_(line, {}, this->inputs), value_(static_cast<T>(line.real("value"))) {
     this->sizes_only = asked_.like();
-    is_like_ = line.flag("is_like");
-    if (is_like_ && asked_.like() != 1) line.refuse("expected one value like=...");
   }
   FormatRule formats() const override { return FormatRule::alike; }
   void set_sizes(Site<T>& site) const override {
-    site.outputs[0].sizes = is_like_ ? site.sizes(0) : asked_.of(site);
+    site.outputs[0].sizes = asked_.of(site);
     for (const int64_t size : site.outputs[0].sizes) {
       FASTNN_CHECK(size >= 0, "Trying to create tensor with negative dimension ", size);
     }
   }
   T value() const { return value_; }
-  bool is_like() const { return is_like_; }
+  bool is_like_another_value() const { return asked_.are_another_values(); }
   void run(const LayerCall<T>& call) const override {
     std::fill_n(call.output(0), call.site.outputs[0].count(), value_);
   }
@@ -210,7 +209,6 @@ class FullLayer : public Layer<T> {
  private:
   AskedSizes asked_;
   T value_;
-  bool is_like_;  // whether the sizes are those of the value `like`
 };
 
 // All dimensions from one to another become one.
@@ -390,39 +388,51 @@ class SliceLayer : public Layer<T> {
   int64_t dim_, start_, stop_, step_;
 };
 
-// One element of a dimension, without the dimension.
-template <class T>
-class SelectLayer : public Layer<T> {
+// Which element of which dimension a line selects.
+class Selection {
  public:
-  SelectLayer(const ProgramLine& line, const Weights<T>&)
-      : line_(line), dim_(line.integer("dim", -16, 15)), index_(line.integer("index", -kFar, kFar)) {
-    this->inputs = {line.input("input")};
+  explicit Selection(const ProgramLine& line)
+      : line_(line), dim_(line.integer("dim", -16, 15)), index_(line.integer("index", -kFar, kFar)) {}
+  size_t dim(const Ints& sizes) const { return dimension_of(line_, dim_, sizes.size()); }
+  // The number of the element, counted from the dimension's first.
+  int64_t index(const Ints& sizes) const {
+    const int64_t size = sizes[dim(sizes)];
+    FASTNN_CHECK(index_ >= -size && index_ < size, "select(): index ", index_, " out of range for tensor of size ",
+                 to_string(sizes), " at dimension ", dim(sizes));
+    return index_ < 0 ? index_ + size : index_;
   }
-  bool is_view(const Site<T>& site) const override {
-    return site.sizes(0)[dimension_of(line_, dim_, site.sizes(0).size())] == 1;
-  }
-  bool reads_parts() const override { return true; }
-  void set_sizes(Site<T>& site) const override {
-    Ints sizes = site.sizes(0);
-    const size_t d = dimension_of(line_, dim_, sizes.size());
-    FASTNN_CHECK(index_ >= -sizes[d] && index_ < sizes[d], "select(): index ", index_,
-                 " out of range for tensor of size ", to_string(sizes), " at dimension ", d);
-    sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(d));
-    site.outputs[0].sizes = sizes;
-  }
-  void run(const LayerCall<T>& call) const override {
-    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
-    const size_t d = dimension_of(line_, dim_, input.sizes.size());
-    Ints strides = input.strides();
-    const T* const from = call.input(0) + (index_ < 0 ? index_ + input.sizes[d] : index_) * strides[d];
-    strides.erase(strides.begin() + static_cast<ptrdiff_t>(d));
-    copy_array(from, strides, call.output(0), output.strides(), output.sizes, memory_order(strides.size(), false));
+  // The sizes without the dimension.
+  Ints rest(Ints sizes) const {
+    index(sizes);  // Raises where the element does not exist.
+    sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(dim(sizes)));
+    return sizes;
   }
 
  private:
   static constexpr int64_t kFar = int64_t{1} << 40;
   ProgramLine line_;
   int64_t dim_, index_;
+};
+
+// One element of a dimension, without the dimension.
+template <class T>
+class SelectLayer : public Layer<T> {
+ public:
+  SelectLayer(const ProgramLine& line, const Weights<T>&) : selection_(line) { this->inputs = {line.input("input")}; }
+  bool is_view(const Site<T>& site) const override { return site.sizes(0)[selection_.dim(site.sizes(0))] == 1; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes = selection_.rest(site.sizes(0)); }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
+    const size_t d = selection_.dim(input.sizes);
+    Ints strides = input.strides();
+    const T* const from = call.input(0) + selection_.index(input.sizes) * strides[d];
+    strides.erase(strides.begin() + static_cast<ptrdiff_t>(d));
+    copy_array(from, strides, call.output(0), output.strides(), output.sizes, memory_order(strides.size(), false));
+  }
+
+ private:
+  Selection selection_;
 };
 
 // Splits a dimension into parts: into as many as torch.chunk makes ("chunks"), parts of one size ("size"), parts of
@@ -613,8 +623,7 @@ inline LayerEntry repeat_entry() {
   return layer_entry<RepeatLayer>("repeat", {"input", "like*"}, {{"sizes", "ints", nullptr}});
 }
 inline LayerEntry full_entry() {
-  return layer_entry<FullLayer>("full", {"like*"},
-                                {{"sizes", "ints", ""}, {"is_like", "bool", "0"}, {"value", "float", nullptr}});
+  return layer_entry<FullLayer>("full", {"like*"}, {{"sizes", "ints", ""}, {"value", "float", nullptr}});
 }
 inline LayerEntry flatten_entry() {
   return layer_entry<FlattenLayer>("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}});

@@ -58,7 +58,8 @@ class ActivationTraining : public UnaryTraining<T> {
   Tensor output_, from_;
 };
 
-// The gradient passes where the element is within the bounds or at one, other than that of a hardtanh.
+// The gradient passes where the element lies within the bounds or at a bound. Through a hardtanh it does not pass at a
+// bound.
 template <class T>
 class ClampTraining : public UnaryTraining<T> {
  public:
@@ -93,10 +94,10 @@ class ClampTraining : public UnaryTraining<T> {
 };
 
 template <class T>
-class UnaryFunctionTraining : public UnaryTraining<T> {
+class FunctionTraining : public UnaryTraining<T> {
  public:
-  explicit UnaryFunctionTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line), kind_(unary_kind(line)), name_("aten::" + std::string(line.text("function"))) {}
+  explicit FunctionTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), kind_(unary_kind(line)), name_(stock_unary_name(line)) {}
   void forward(Tensor* outputs) override {
     outputs[0] = stock(name_.c_str(), "", this->input());
     output_ = outputs[0].borrow();

@@ -24,7 +24,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"embedding", make_training<EmbeddingTraining, T>},
       {"activation", make_training<ActivationTraining, T>},
       {"clamp", make_training<ClampTraining, T>},
-      {"unary", make_training<UnaryFunctionTraining, T>},
+      {"unary", make_training<FunctionTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},

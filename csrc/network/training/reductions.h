@@ -109,12 +109,12 @@ class SoftmaxTraining : public UnaryTraining<T> {
   Tensor output_;
 };
 
-// Layer norm over the last dimensions: `features` elements make a row.
+// What torch's norms of rows and of groups have in common: an input, perhaps a weight and a bias, and the statistics,
+// which backward needs.
 template <class T>
-class LayerNormTraining : public TrainingLayer<T> {
+class StockNormTraining : public TrainingLayer<T> {
  public:
-  explicit LayerNormTraining(const ProgramLine& line)
-      : features_(line.integer("features", 1, int64_t{1} << 40)), epsilon_(line.real("epsilon")) {
+  explicit StockNormTraining(const ProgramLine& line) : epsilon_(line.real("epsilon")) {
     this->inputs = {line.input("input")};
     for (size_t i = 0; i < 2; ++i) {
       static constexpr const char* names[] = {"weight", "bias"};
@@ -123,6 +123,42 @@ class LayerNormTraining : public TrainingLayer<T> {
       this->inputs.push_back(line.input(names[i]));
     }
   }
+  void forget() override { mean_ = inverse_deviation_ = Tensor(); }
+
+ protected:
+  // The weight (0) or the bias (1); null where there is none.
+  const Tensor* parameter(size_t i) const { return place_[i] ? &this->given[place_[i]] : nullptr; }
+  // Which gradients are wanted: of the input, the weight and the bias.
+  std::array<bool, 3> wanted_of(const bool* wanted) const {
+    return {wanted[0], place_[0] && wanted[place_[0]], place_[1] && wanted[place_[1]]};
+  }
+  // Keeps the statistics among an operator's results, which are the output and these.
+  Tensor keep(std::array<Tensor, 3> all) {
+    mean_ = std::move(all[1]);
+    inverse_deviation_ = std::move(all[2]);
+    return std::move(all[0]);
+  }
+  // Gives the gradients of the input, the weight and the bias to the inputs that want them.
+  void give(std::array<Tensor, 3> all, const bool* wanted, Gradient<T>* results) const {
+    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
+    for (size_t i = 0; i < 2; ++i) {
+      if (place_[i] && wanted[place_[i]]) results[place_[i]] = {std::move(all[i + 1]), nullptr, true};
+    }
+  }
+
+  const double epsilon_;
+  Tensor mean_, inverse_deviation_;
+
+ private:
+  size_t place_[2] = {};  // of the weight and the bias among the inputs; 0 where there is none
+};
+
+// Layer norm over the last dimensions: `features` elements make a row.
+template <class T>
+class LayerNormTraining : public StockNormTraining<T> {
+ public:
+  explicit LayerNormTraining(const ProgramLine& line)
+      : StockNormTraining<T>(line), features_(line.integer("features", 1, int64_t{1} << 40)) {}
   void forward(Tensor* outputs) override {
     const Ints sizes = sizes_of(this->given[0]);
     row_.clear();
@@ -133,104 +169,81 @@ class LayerNormTraining : public TrainingLayer<T> {
     }
     FASTNN_CHECK(features == features_, kTrainingStep, ": expected ", features_, " features to normalize, got size ",
                  to_string(sizes));
-    for (const size_t place : place_) {
-      FASTNN_CHECK(!place || this->given[place].numel() == features_, kTrainingStep, ": expected ", features_,
+    for (const size_t i : {0, 1}) {
+      const Tensor* const given = this->parameter(i);
+      FASTNN_CHECK(!given || given->numel() == features_, kTrainingStep, ": expected ", features_,
                    " weights of a layer norm");
     }
-    auto all = stock_results<3>("aten::native_layer_norm", "", this->given[0], row_, of_row(0), of_row(1), epsilon_);
-    outputs[0] = std::move(all[0]);
-    mean_ = std::move(all[1]);
-    inverse_deviation_ = std::move(all[2]);
+    outputs[0] = this->keep(
+        stock_results<3>("aten::native_layer_norm", "", this->given[0], row_, of_row(0), of_row(1), this->epsilon_));
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
-    const std::array<bool, 3> flags_of_all{wanted[0], is_wanted(0), is_wanted(1)};
-    auto all = stock_results<3>("aten::native_layer_norm_backward", "", gradients[0], this->given[0], row_, mean_,
-                                inverse_deviation_, of_row(0), of_row(1), flags(flags_of_all));
-    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
-    for (size_t i = 0; i < 2; ++i) {
-      if (is_wanted(i)) results[place_[i]] = {std::move(all[i + 1]), nullptr, true};
-    }
+    const std::array<bool, 3> flags_of_all = this->wanted_of(wanted);
+    this->give(stock_results<3>("aten::native_layer_norm_backward", "", gradients[0], this->given[0], row_, this->mean_,
+                                this->inverse_deviation_, of_row(0), of_row(1), flags(flags_of_all)),
+               wanted, results);
   }
-  void forget() override { mean_ = inverse_deviation_ = Tensor(); }
 
  private:
   OptionalTensor of_row(size_t i) const {
-    if (!place_[i]) return std::nullopt;
-    return reshaped(this->given[place_[i]], row_);
+    const Tensor* const given = this->parameter(i);
+    return given ? OptionalTensor(reshaped(*given, row_)) : std::nullopt;
   }
 
   int64_t features_;
-  double epsilon_;
-  size_t place_[2] = {};
   Ints row_;
-  Tensor mean_, inverse_deviation_;
 };
 
 template <class T>
-class GroupNormTraining : public TrainingLayer<T> {
+class GroupNormTraining : public StockNormTraining<T> {
  public:
   explicit GroupNormTraining(const ProgramLine& line)
-      : groups_(line.integer("groups", 0, kMostSize)),
-        dims_(line.integer("dims", 0, 3)),
-        epsilon_(line.real("epsilon")) {
-    this->inputs = {line.input("input")};
+      : StockNormTraining<T>(line), groups_(line.integer("groups", 0, kMostSize)), dims_(line.integer("dims", 0, 3)) {
     if (line.activation("activation").kind != ActivationKind::identity) {
       line.refuse("in training it has no activation");
-    }
-    for (size_t i = 0; i < 2; ++i) {
-      static constexpr const char* names[] = {"weight", "bias"};
-      if (!line.has(names[i])) continue;
-      place_[i] = this->inputs.size();
-      this->inputs.push_back(line.input(names[i]));
     }
   }
   void forward(Tensor* outputs) override {
     const Tensor& given = this->given[0];
     GroupNormLayer<T>::check_sizes(sizes_of(given), groups_, dims_);
     const int64_t channels = given.size(1), pixels = product(sizes_of(given), 2, given.dim());
-    const int64_t groups = groups_ == 0 ? channels : groups_;
-    for (const size_t place : place_) {
-      FASTNN_CHECK(!place || (this->given[place].dim() == 1 && this->given[place].size(0) == channels), kTrainingStep,
-                   ": expected ", channels, " weights of a group norm");
+    for (const size_t i : {0, 1}) {
+      const Tensor* const of = this->parameter(i);
+      FASTNN_CHECK(!of || (of->dim() == 1 && of->size(0) == channels), kTrainingStep, ": expected ", channels,
+                   " weights of a group norm");
     }
     // torch's instance norm gives contiguous images, its group norm images that lie as the input does.
     input_ = groups_ != 0 && is_dense_channels_last(given) ? given.borrow() : dense(given);
-    sizes_ = {given.size(0), channels, pixels, groups};
-    auto all = stock_results<3>("aten::native_group_norm", "", input_, weight(0), weight(1), sizes_[0], sizes_[1],
-                                sizes_[2], sizes_[3], epsilon_);
-    outputs[0] = std::move(all[0]);
-    mean_ = std::move(all[1]);
-    inverse_deviation_ = std::move(all[2]);
+    sizes_ = {given.size(0), channels, pixels, groups_ == 0 ? channels : groups_};
+    outputs[0] = this->keep(stock_results<3>("aten::native_group_norm", "", input_, weight(0), weight(1), sizes_[0],
+                                             sizes_[1], sizes_[2], sizes_[3], this->epsilon_));
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
-    const std::array<bool, 3> flags_of_all{wanted[0], is_wanted(0), is_wanted(1)};
+    const std::array<bool, 3> flags_of_all = this->wanted_of(wanted);
     Tensor gradient = gradients[0].borrow();
-    if (!same_strides(gradient, input_)) {  // as torch's kernel takes it
+    if (!same_strides(gradient, input_)) {  // Torch's kernel reads the gradient in the input's order of memory.
       gradient = new_like<T>(input_);
       stock("aten::copy_", "", gradient, gradients[0], false);
     }
-    auto all = stock_results<3>("aten::native_group_norm_backward", "", gradient, input_, mean_, inverse_deviation_,
-                                weight(0), sizes_[0], sizes_[1], sizes_[2], sizes_[3], flags(flags_of_all));
-    if (wanted[0]) results[0] = {std::move(all[0]), nullptr, true};
-    for (size_t i = 0; i < 2; ++i) {
-      if (is_wanted(i)) results[place_[i]] = {std::move(all[i + 1]), nullptr, true};
-    }
+    this->give(stock_results<3>("aten::native_group_norm_backward", "", gradient, input_, this->mean_,
+                                this->inverse_deviation_, weight(0), sizes_[0], sizes_[1], sizes_[2], sizes_[3],
+                                flags(flags_of_all)),
+               wanted, results);
   }
-  void forget() override { input_ = mean_ = inverse_deviation_ = Tensor(); }
+  void forget() override {
+    StockNormTraining<T>::forget();
+    input_ = Tensor();
+  }
 
  private:
   OptionalTensor weight(size_t i) const {
-    if (!place_[i]) return std::nullopt;
-    return this->given[place_[i]].borrow();
+    const Tensor* const given = this->parameter(i);
+    return given ? OptionalTensor(given->borrow()) : std::nullopt;
   }
 
   int64_t groups_, dims_;
-  double epsilon_;
-  size_t place_[2] = {};
   std::array<int64_t, 4> sizes_{};  // images, channels, pixels and groups
-  Tensor input_, mean_, inverse_deviation_;
+  Tensor input_;
 };
 
 // max_pool and avg_pool. Torch pools a single dimension as the second of two.
@@ -413,7 +426,7 @@ class UpsampleTraining : public UnaryTraining<T> {
     if (factors_.empty() || factors_.size() > 2) line.refuse("expected one or two factors");
   }
   void forward(Tensor* outputs) override {
-    const bool one_for_both = factors_.size() == 1 && !linear_ && this->input().dim() == 4;
+    const bool one_for_both = factors_.size() == 1 && !linear_ && this->input().dim() == 4;  // as in inference
     const size_t dims = one_for_both ? 2 : factors_.size();
     fail_unless_rank(this->input(), static_cast<int64_t>(dims) + 2);
     const Ints sizes = sizes_of(this->input());

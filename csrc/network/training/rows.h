@@ -316,7 +316,7 @@ template <class T>
 class EmbeddingTraining : public TrainingLayer<T> {
  public:
   explicit EmbeddingTraining(const ProgramLine& line)
-      : chosen_(line), padding_(line.integer("padding_idx", -1, std::numeric_limits<int64_t>::max())) {
+      : column_(column_of(line)), padding_(line.integer("padding_idx", -1, std::numeric_limits<int64_t>::max())) {
     this->inputs = {line.input("input"), line.input("weight")};
   }
   void forward(Tensor* outputs) override {
@@ -324,9 +324,10 @@ class EmbeddingTraining : public TrainingLayer<T> {
     FASTNN_CHECK(numbers.scalar_type() == ScalarType::Long && weight.dim() == 2, kTrainingStep,
                  ": expected an embedding's input to be int64 and its weight to be 2D");
     const Ints sizes = sizes_of(numbers);
-    numbers_ = copied(chosen_.is_all() ? numbers.borrow()  // the copy nobody can change any more
-                                       : stock("aten::select", "int", numbers, static_cast<int64_t>(chosen_.dim(sizes)),
-                                               chosen_.index(sizes)));
+    // Nobody else can change a copy before backward.
+    numbers_ = copied(column_ ? stock("aten::select", "int", numbers, static_cast<int64_t>(column_->dim(sizes)),
+                                      column_->index(sizes))
+                              : numbers.borrow());
     check_numbers();
     outputs[0] = stock("aten::embedding", "", weight, numbers_, padding_, false, false);
   }
@@ -350,7 +351,7 @@ class EmbeddingTraining : public TrainingLayer<T> {
     }
   }
 
-  ChosenNumbers chosen_;
+  std::optional<Selection> column_;
   int64_t padding_;
   Tensor numbers_;
 };

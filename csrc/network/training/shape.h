@@ -6,23 +6,34 @@
 
 namespace fastnn {
 
-// The sizes of the one output that a layer of inference has for such inputs.
-template <class T>
-Ints sizes_by(const Layer<T>& layer, const TensorList& given) {
-  Site<T> site;
-  for (const Tensor& tensor : given) site.inputs.push_back({sizes_of(tensor)});
-  site.outputs.resize(1);
-  layer.set_sizes(site);
-  return site.outputs[0].sizes;
-}
-
-// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes, which the layer of inference computes.
+// A layer whose output's sizes are computed by its counterpart of inference, from the sizes of inputs of which it reads
+// some for their sizes alone.
 template <class T, template <class> class Kind>
-class ViewTraining : public TrainingLayer<T> {
+class SizedTraining : public TrainingLayer<T> {
  public:
-  explicit ViewTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
-  void forward(Tensor* outputs) override { outputs[0] = under(this->given[0], sizes_by<T>(layer_, this->given)); }
+  explicit SizedTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
   size_t inputs_for_sizes() const override { return layer_.sizes_only; }
+
+ protected:
+  // The layer of inference for the inputs of this step.
+  Site<T> site() const {
+    Site<T> site;
+    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
+    site.outputs.resize(1);
+    layer_.set_sizes(site);
+    return site;
+  }
+  Ints output_sizes() const { return site().outputs[0].sizes; }
+
+  Kind<T> layer_;
+};
+
+// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes.
+template <class T, template <class> class Kind>
+class ViewTraining : public SizedTraining<T, Kind> {
+ public:
+  using SizedTraining<T, Kind>::SizedTraining;
+  void forward(Tensor* outputs) override { outputs[0] = under(this->given[0], this->output_sizes()); }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
     kept_ = gradients[0];
@@ -35,7 +46,6 @@ class ViewTraining : public TrainingLayer<T> {
     // (Faster than torch's own where the elements lie in their order.)
     return tensor.is_contiguous() ? as_sizes(data<T>(tensor), sizes) : reshaped(tensor, sizes);
   }
-  Kind<T> layer_;
   Tensor kept_;
 };
 template <class T>
@@ -48,32 +58,27 @@ template <class T>
 using UnsqueezeTraining = ViewTraining<T, UnsqueezeLayer>;
 
 template <class T>
-class ExpandTraining : public TrainingLayer<T> {
+class ExpandTraining : public SizedTraining<T, ExpandLayer> {
  public:
-  explicit ExpandTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  using SizedTraining<T, ExpandLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    outputs[0] = stock("aten::expand", "", this->given[0], sizes_by<T>(layer_, this->given), false);
+    outputs[0] = stock("aten::expand", "", this->given[0], this->output_sizes(), false);
   }
-  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (wanted[0]) results[0].tensor = reduced(gradients[0], sizes_of(this->given[0]));
   }
-
- private:
-  ExpandLayer<T> layer_;
 };
 
 template <class T>
-class RepeatTraining : public TrainingLayer<T> {
+class RepeatTraining : public SizedTraining<T, RepeatLayer> {
  public:
-  explicit RepeatTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  using SizedTraining<T, RepeatLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    outputs[0] = stock("aten::repeat", "", this->given[0], times_and_sizes()[0]);
+    outputs[0] = stock("aten::repeat", "", this->given[0], this->layer_.times_and_sizes(this->site())[0]);
   }
-  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
-    const auto [times, sizes] = times_and_sizes();
+    const auto [times, sizes] = this->layer_.times_and_sizes(this->site());
     Ints both, dims;  // of each dimension two: how often, and the elements
     for (size_t d = 0; d < sizes.size(); ++d) {
       dims.push_back(static_cast<int64_t>(both.size()));
@@ -81,30 +86,19 @@ class RepeatTraining : public TrainingLayer<T> {
     }
     results[0].tensor = reshaped(sum_over(reshaped(gradients[0], both), dims), sizes_of(this->given[0]));
   }
-
- private:
-  std::array<Ints, 2> times_and_sizes() const {
-    Site<T> site;
-    for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
-    return layer_.times_and_sizes(site);
-  }
-  RepeatLayer<T> layer_;
 };
 
 template <class T>
-class FullTraining : public TrainingLayer<T> {
+class FullTraining : public SizedTraining<T, FullLayer> {
  public:
-  explicit FullTraining(const ProgramLine& line) : layer_(line, Weights<T>()) { this->inputs = layer_.inputs; }
+  using SizedTraining<T, FullLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    outputs[0] =
-        layer_.is_like() ? new_like<T>(this->given[0]) : new_tensor(sizes_by<T>(layer_, this->given), kDtypeOf<T>);
-    std::fill_n(mutable_data<T>(outputs[0]), outputs[0].numel(), layer_.value());
+    outputs[0] = this->layer_.is_like_another_value() ? new_like<T>(this->given[0])
+                                                      : new_tensor(this->output_sizes(), kDtypeOf<T>);
+    std::fill_n(mutable_data<T>(outputs[0]), outputs[0].numel(), this->layer_.value());
   }
-  size_t inputs_for_sizes() const override { return layer_.sizes_only; }
-  void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it depends on sizes alone
-
- private:
-  FullLayer<T> layer_;
+  // The output depends on sizes alone.
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}
 };
 
 template <class T>

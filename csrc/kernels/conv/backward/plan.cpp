@@ -166,12 +166,12 @@ bool depthwise_pays(const Planner& p) {
   return together < real(g.groups) * (2 + winners * real(g.out_channels * s.runs * s.vectors));
 }
 
-// Where each pixel has a gradient, torch multiplies depthwise convolutions by the vector in channels last with kernels
-// of nine elements or fewer alone; else element by element or for whole blocks of zeros (measured: 2 to 14 times our
-// time).
+// Whether our kernels pay where each pixel has a gradient. Torch's own convolution is as fast for small kernels in
+// channels last, and slower elsewhere (measured).
 bool dense_depthwise_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
-  return g.groups > 1 && g.in_channels == 1 && (g.taps() > 9 || !p.request.input_channels_last);
+  const bool is_stock_fast = p.request.input_channels_last && g.taps() <= tuned::kStockTaps;
+  return g.groups > 1 && g.in_channels == 1 && !is_stock_fast;
 }
 
 ConvBackwardPlan plan_depthwise(const Planner& p) {
