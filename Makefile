@@ -35,6 +35,9 @@ fuzz-semantics: $(VENV)/test.stamp  ## Run random forwards fused and not, with c
 fuzz-networks: $(VENV)/test.stamp  ## Run thousands of random networks against the reference (ARGS=, three minutes)
 	$(RUN) tests/random_networks.py $(ARGS)
 
+fuzz-models: $(VENV)/test.stamp  ## Compare hundreds of random models, fused, with themselves (ARGS=, ten seconds)
+	$(RUN) tests/random_models.py $(ARGS)
+
 lint: $(VENV)/lint.stamp  ## Check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

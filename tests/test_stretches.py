@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import random_models
 import torch
 import torch.nn.functional as F
 from fusing import run_and_list
@@ -590,6 +591,11 @@ def test_flat_weights_that_a_user_has_changed(how: str) -> None:
         model.rnn._flat_weights[0] = own.clone()  # type: ignore[union-attr]
     train()
     train()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_models(seed: int) -> None:
+    random_models.check(seed)
 
 
 # ---- inference --------------------------------------------------------------------------------------------------

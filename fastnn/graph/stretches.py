@@ -331,9 +331,10 @@ class _Reading:
                 if value not in needed[own]:
                     needed[own].append(value)
             elif own != level or own is None:
-                node = self.node_of.get(value)
-                if node is not None:
-                    take_args(node)
+                if value in self.node_of:
+                    take_args(self.node_of[value])
+                elif value in self.parts:
+                    take_args(self.parts[value][0])
 
         def take(node: Node) -> None:
             value = self.reader.values.get(node)
@@ -417,10 +418,16 @@ class _Reading:
 
     def node_in_new(self, value: Value) -> Any:
         """The new graph's node that is a value: made by a call, or by the node of the old graph that was copied, or a
-        parameter that is computed."""
-        if value in self.reader.computed and value not in self.values:
-            self.values[value] = self.new.get_attr(self.reader.computed[value])
-        return self.values[value] if value in self.values else self._copy(self.node_of[value])
+        part of what that node gives, or a parameter that is computed."""
+        if value not in self.values:
+            if value in self.reader.computed:
+                self.values[value] = self.new.get_attr(self.reader.computed[value])
+            elif value in self.node_of:
+                return self._copy(self.node_of[value])
+            else:
+                whole, path = self.parts[value]
+                self.values[value] = _part_of(self.new, self._copy(whole), path)
+        return self.values[value]
 
     def _write_call(self, level: int, results: Sequence[Value]) -> str:
         """Writes the call of a stretch -> its program."""
@@ -491,10 +498,7 @@ class _Reading:
                 outputs.append(copy(self.node_of[value]))
                 continue
             whole, path = self.parts[value]
-            part = copy(whole)
-            for index in path:
-                part = graph.call_function(operator.getitem, (part, index))
-            outputs.append(part)
+            outputs.append(_part_of(graph, copy(whole), path))
         graph.output(tuple(outputs))
         return graph
 
@@ -551,6 +555,13 @@ def _paths(parts: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Value, tupl
             yield from _paths(part, (*path, index))
         else:
             yield part, (*path, index)
+
+
+def _part_of(graph: Graph, whole: Any, path: Sequence[int]) -> Any:
+    """A part of what a node gives, which is a nested tuple of nodes or one node that gives such a tuple."""
+    for index in path:
+        whole = whole[index] if isinstance(whole, tuple) else graph.call_function(operator.getitem, (whole, index))
+    return whole
 
 
 def _map_parts(parts: Any, of: Callable[[Value], Any]) -> tuple[Any, ...]:
