@@ -14,9 +14,9 @@ from torch import Tensor
 from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.guard import ABSENT, Guard
 from fastnn.ops import training_step as operators
-from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, kept_by, new_number, numbers_of_group
+from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, check_optimizer, kept_by, new_number, numbers_of_group
 from fastnn.training_ranks import FlatGradients
-from fastnn.training_reading import Reading
+from fastnn.training_reading import Reading, UpdateReading
 
 _get_flags = attrgetter("requires_grad", *TENSOR_HOOKS)
 _get_all_flags = attrgetter("requires_grad", *TENSOR_HOOKS, "grad")
@@ -31,7 +31,7 @@ class Binding:
 
     def __init__(
         self,
-        reading: Reading,
+        reading: Reading | UpdateReading,
         tensors: list[Tensor],
         optimizer: torch.optim.Optimizer,
         max_norm: float | None,
@@ -56,12 +56,12 @@ class Binding:
         except BaseException:
             self.undo()
             raise
-        self.write_numbers()
+        self._write_numbers()
         with torch.no_grad():
-            self.bound = operators.bind(parameters, self.states, reading.network.text, reading.loss_weight, self.layout)
+            self.bound = operators.bind(parameters, self.states, reading.program, reading.loss_weight, self.layout)
         self.release = weakref.finalize(self, operators.release_training_step, int(self.bound))
         self.release.atexit = False
-        self._read_flags = _get_flags if keep_gradients else _get_all_flags
+        self._read_flags = _get_all_flags if isinstance(reading, Reading) and not keep_gradients else _get_flags
         self._flags = [
             tuple(dict(f) if isinstance(f, dict) else f for f in flags) for flags in map(self._read_flags, parameters)
         ]
@@ -82,23 +82,31 @@ class Binding:
         return [one for one, group in zip(each, self.layout[::2], strict=True) if group >= 0]
 
     def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
-        """Whether the model's and the optimizer's tensors are those that were bound. (:meth:`settings_hold` tells the
+        """Whether the model's and the optimizer's tensors are those that were bound. (:meth:`settings_fit` tells the
         same of the optimizer's settings.)"""
+        return self._tensors_hold(max_norm, keep_gradients) and not (
+            keep_gradients and any(p.grad is not None for p in self.parameters)
+        )
+
+    def _tensors_hold(self, max_norm: float | None, keep_gradients: bool) -> bool:
         return (
             self._guard.holds()
             and self._flags == list(map(self._read_flags, self.parameters))
             and (self._max_norm, self.keeps_gradients) == (max_norm, keep_gradients)
-            and not (keep_gradients and any(p.grad is not None for p in self.parameters))
         )
 
-    def settings_hold(self) -> bool:
-        return self._settings == self._settings_now()
+    def settings_fit(self) -> bool:
+        """Whether the present settings need the same states as those that were bound. Reads them anew where they have
+        changed. Raises NotANetworkError where the operators do not support them."""
+        if self._settings == self._settings_now():
+            return True
+        check_optimizer(self._optimizer)
+        if self._kept != [kept_by(self._optimizer, group) for group in self._optimizer.param_groups]:
+            return False
+        self._write_numbers()
+        return True
 
-    def states_fit(self) -> bool:
-        """Whether the present settings need the same states as those that were bound."""
-        return self._kept == [kept_by(self._optimizer, group) for group in self._optimizer.param_groups]
-
-    def write_numbers(self) -> None:
+    def _write_numbers(self) -> None:
         """Reads the optimizer's settings anew."""
         groups, row = self._optimizer.param_groups, OPTIMIZERS[type(self._optimizer)]
         max_norm = -1.0 if self._max_norm is None else float(self._max_norm)
@@ -139,6 +147,24 @@ class Binding:
             self._optimizer.state[parameter] = state
             self.created.append((parameter, before))
         return bits
+
+
+class UpdateBinding(Binding):
+    """The same for an update alone, of the parameters that have gradients in ``p.grad``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None, keep_gradients: bool) -> None:
+        reading = UpdateReading(optimizer)
+        super().__init__(reading, reading.tensors(), optimizer, max_norm, keep_gradients)
+
+    def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
+        """Whether the parameters that have gradients, and the optimizer's tensors, are those that were bound."""
+        groups = self._optimizer.param_groups
+        with_gradients = sum(p.grad is not None for group in groups for p in group["params"])
+        return (
+            with_gradients == len(self.parameters)
+            and self._tensors_hold(max_norm, keep_gradients)
+            and all(p.grad is not None for p in self.parameters)
+        )
 
 
 class UsedGradients:

@@ -1,4 +1,5 @@
-"""What a training step reads from its model and loss before it can be one call, and whether that still holds."""
+"""What a training step reads from its model and loss before it can be one call, and whether that still holds; and what
+an update alone reads."""
 
 from __future__ import annotations
 
@@ -64,6 +65,10 @@ class Reading:
             self.loss_why = str(reason)
 
     @property
+    def program(self) -> str:
+        return self.network.text
+
+    @property
     def is_for_any_sizes(self) -> bool:
         return self._trace.sizes is None
 
@@ -96,3 +101,24 @@ class Reading:
             return loss is self._loss and (not settings or settings == settings_of_loss(loss))
         except RuntimeError:  # two tensors were compared
             return False
+
+
+class UpdateReading:
+    """What an update alone rests on: the parameters of the optimizer that have gradients. Raises NotANetworkError where
+    the operators do not support them or the optimizer."""
+
+    program = ""
+    owners: Sequence[Any] = ()
+    loss_numbers = (0.0,) * 4
+    loss_weight = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        check_parameters(self._parameters, optimizer)
+
+    def tensors(self) -> list[Tensor]:
+        return self._parameters
+
+    def of_program(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors

@@ -22,7 +22,7 @@ from fastnn.graph.rehearsal import needed_inputs, signature_of
 from fastnn.graph.training_program import NotANetworkError
 from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
-from fastnn.training_binding import Binding, UsedGradients
+from fastnn.training_binding import Binding, UpdateBinding, UsedGradients
 from fastnn.training_calls import (
     OtherLeavesError,
     RefusedError,
@@ -98,6 +98,7 @@ class TrainingStep:
         self.loss, self._optimizer, self.max_norm, self.keep_gradients = loss, optimizer, max_norm, keep_gradients
         self._reading: Reading | None = None
         self._binding: Binding | None = None
+        self._update: UpdateBinding | None = None  # of the updates that follow autograd's backward
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
         self._used = UsedGradients.of(optimizer)
@@ -136,7 +137,7 @@ class TrainingStep:
         if self._is_unread_copy:
             self._read()
         if self._reading is None:
-            return f"forward and backward by autograd, {self._average()}the optimizer's own step: {self._why}"
+            return f"forward and backward by autograd, {self._average()}{self._kind_of_update()}: {self._why}"
         layers = "; ".join(self._reading.network.describe())
         last = f"; but the last step went the ordinary way: {self._last_why}" if self._last_why else ""
         if self._ranks is not None:
@@ -146,6 +147,16 @@ class TrainingStep:
         if self._reading.loss_why:
             return f"two operator calls and between them the loss ({self._reading.loss_why}): {layers}{last}"
         return f"one operator call: {layers}{last}"
+
+    def _kind_of_update(self) -> str:
+        """What updates the parameters behind autograd's backward."""
+        trained = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        try:
+            check_optimizer(self._optimizer)
+            check_parameters(trained, self._optimizer)
+        except NotANetworkError:
+            return "the optimizer's own step"
+        return "the optimizer's own step" if self._ranks is not None else "the update by an operator"
 
     def _average(self) -> str:
         return "" if self._ranks is None else f"an all-reduce over {self._ranks.size} processes, "
@@ -392,6 +403,7 @@ class TrainingStep:
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
         self._forget()
+        self._forget_update()
         try:
             self._reading = Reading(self.model, self.loss, self._optimizer, before, inputs)
         except NotANetworkError as reason:
@@ -424,8 +436,8 @@ class TrainingStep:
                 return "its input was no plain tensor on the CPU, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
-        if has_global_hooks() or any(global_optimizer_hooks) or torch.is_anomaly_enabled():
-            return "there were hooks of all modules or optimizers, or anomalies were looked for"
+        if has_global_hooks() or torch.is_anomaly_enabled():
+            return "there were hooks of all modules, or anomalies were looked for"
         if reading is None or not reading.fits(inputs) or not reading.holds(self.loss):
             self._read(inputs=inputs)
             reading = self._reading
@@ -435,8 +447,7 @@ class TrainingStep:
                 return "the model was in eval mode"
         if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
             return "its target was no plain tensor, or one that requires a gradient"
-        optimizer = self._optimizer
-        if optimizer._optimizer_step_pre_hooks or len(optimizer._optimizer_step_post_hooks) != 1:  # UsedGradients
+        if self._has_hooks():
             return "the optimizer had hooks"
         if any(one.numel() == 0 for one in inputs):
             return "its input was empty"
@@ -456,13 +467,8 @@ class TrainingStep:
                 return None
             holds = binding is not None and binding.holds(self.max_norm, self.keep_gradients)
         try:
-            if binding is not None and holds:
-                if binding.settings_hold():
-                    return reading, binding
-                check_optimizer(optimizer)
-                if binding.states_fit():
-                    binding.write_numbers()
-                    return reading, binding
+            if binding is not None and holds and binding.settings_fit():
+                return reading, binding
             tensors = reading.tensors()
             if binding is not None and list(map(id, tensors)) != list(map(id, binding.tensors)):
                 self._read(anew=True)  # they may be of other sizes
@@ -488,6 +494,7 @@ class TrainingStep:
         note_step_of(self._optimizer)
         if binding.created:  # The states that this step has created are the optimizer's own from now on.
             self._forget()
+            self._forget_update()
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
@@ -504,9 +511,43 @@ class TrainingStep:
         loss = self._backward(input, target)
         for parameter, gradient in others:
             parameter.grad = gradient
-        if self._ranks is None:
+        if self._ranks is None and not self._update_by_operator():
             self._update_by_optimizer()
         return loss
+
+    def _update_by_operator(self) -> bool:
+        """Clips the gradients that autograd has left in ``p.grad``, and updates. Returns False, and has done nothing,
+        where the operator does not take the gradients, the parameters or the optimizer."""
+        optimizer = self._optimizer
+        if self._has_hooks() or is_compiling():
+            return False
+        try:
+            binding = self._update
+            if binding is None or not (binding.holds(self.max_norm, self.keep_gradients) and binding.settings_fit()):
+                self._forget_update()
+                self._update = binding = UpdateBinding(optimizer, self.max_norm, self.keep_gradients)
+        except (KeyError, NotANetworkError):
+            return False
+        try:
+            kept = update_in_one_call(binding, [p.grad.contiguous() for p in binding.parameters])  # type: ignore[union-attr]
+        except RuntimeError:  # a gradient is sparse, or of another dtype, or of a subclass
+            binding.undo()
+            self._forget_update()
+            return False
+        optimizer.zero_grad()
+        self._after_update(binding, kept)
+        return True
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody wants to be called before or after the optimizer's step."""
+        optimizer = self._optimizer
+        own = len(optimizer._optimizer_step_post_hooks)  # one is UsedGradients
+        return bool(optimizer._optimizer_step_pre_hooks) or own != 1 or any(global_optimizer_hooks)
+
+    def _forget_update(self) -> None:
+        if self._update is not None:
+            self._update.release()
+            self._update = None
 
     def _update_by_optimizer(self) -> None:
         if self.max_norm is not None:
@@ -576,8 +617,8 @@ def training_step(
 ) -> TrainingStep:
     """A whole training step as one call: ``loss_value = step(input, target)`` runs forward, loss, backward, clipping
     and the optimizer's update in one operator, where model, loss and optimizer allow it; in two, with the loss between
-    them, where only the loss doesn't; else the ordinary way: autograd on fused layers, then the optimizer's own step.
-    ``step.explain()`` says which, and why.
+    them, where only the loss doesn't; else the ordinary way: autograd on fused layers, then clipping and update in one
+    operator, or by the optimizer where that operator has no such optimizer. ``step.explain()`` says which, and why.
 
     Models allow it that consist of layers which a network has, in float32 and float64 on the CPU: convolutions,
     transposed ones too, batch, layer, group and instance norms, linear and recurrent layers and cells with states,
@@ -593,7 +634,8 @@ def training_step(
             nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
             that gives one number for an output and a target, which is called between forward and backward. One that
             uses parameters by itself takes the ordinary way, after a first step in which it is called twice.
-        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adamax or NAdam; any other takes the ordinary way.
+        optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adamax or NAdam; any other takes the ordinary way, with its own
+            step.
         max_norm: clip the norm of the gradient, as ``torch.nn.utils.clip_grad_norm_`` does: that of all parameters
             which the optimizer has.
         keep_gradients: leave the gradients in ``p.grad``, where they stay None otherwise.
