@@ -147,14 +147,18 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, l
     last one.
 
     The batch is dimension 0 of all inputs; or dimension 0 of the first and dimension 1 of some others, which may be
-    states; or dimension 1 of all, where the model has recurrent layers whose inputs have the steps first."""
+    states; or dimension 1 of all, where the model has recurrent layers whose inputs have the steps first, or attention
+    of such inputs, where it is the likeliest: numbers of positions often limit the steps."""
     batch = leaves[0].shape[0]
     may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
     tries = sorted(([0, *dims] for dims in product(*choices)), key=sum)
-    steps_first = any(isinstance(one, torch.nn.RNNBase) and not one.batch_first for one in model.modules())
-    if steps_first and all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
-        tries.append([1] * len(leaves))
+    if all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
+        steps_first = [one for one in model.modules() if getattr(one, "batch_first", None) is False]
+        if any(isinstance(one, torch.nn.MultiheadAttention) for one in steps_first):
+            tries.insert(0, [1] * len(leaves))
+        elif any(isinstance(one, torch.nn.RNNBase) for one in steps_first):
+            tries.append([1] * len(leaves))
     for place, dims in enumerate(tries):
         yield place + 1 == len(tries), dims
 

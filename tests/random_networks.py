@@ -151,11 +151,20 @@ def _upsample(b: _Builder) -> None:
     x = b.pick((3, 4))
     if x is None or max(x.sizes[2:]) > 12:
         return
-    factors = [b.random.randint(1, 3) for _ in x.sizes[2:]]
-    sizes = (*x.sizes[:2], *(size * factor for size, factor in zip(x.sizes[2:], factors, strict=True)))
     linear = b.random.random() < 0.5
-    aligns = linear and b.random.random() < 0.5
-    b.add("upsample", {"input": [x]}, sizes, factors=factors, linear=linear, align_corners=aligns)
+    attributes: dict[str, Any] = {"linear": linear, "align_corners": linear and b.random.random() < 0.5}
+    if b.random.random() < 0.5:
+        factors = [b.random.randint(1, 3) for _ in x.sizes[2:]]
+        sizes = [size * factor for size, factor in zip(x.sizes[2:], factors, strict=True)]
+        b.add("upsample", {"input": [x]}, (*x.sizes[:2], *sizes), factors=factors, **attributes)
+    elif others := [value for value in b.values if len(value.sizes) == len(x.sizes) and max(value.sizes[2:]) <= 24]:
+        other = b.random.choice(others)
+        written: list[Any] = [f"0.{dim}" for dim in range(2, len(x.sizes))]
+        sizes = list(other.sizes[2:])
+        if b.random.random() < 0.5:
+            written[0] = sizes[0] = b.random.randint(1, 14)
+        inputs = {"input": [x], "like": [other]}
+        b.add("upsample", inputs, (*x.sizes[:2], *sizes), sizes=written, **attributes)
 
 
 def _linear(b: _Builder) -> None:
@@ -443,6 +452,37 @@ def _element(b: _Builder) -> None:
         b.add("unary", {"input": [value]}, x.sizes, function=function)
 
 
+def _prelu(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    slopes = b.random.choice((1, x.sizes[1])) if len(x.sizes) > 1 else 1
+    b.add("prelu", {"input": [x], "weight": [Value((slopes,), b.tensor(slopes))]}, x.sizes)
+
+
+def _unflatten(b: _Builder) -> None:
+    x = b.random.choice(b.values)
+    dims = [dim for dim, size in enumerate(x.sizes) if size % 2 == 0 and size > 0]
+    if not dims or len(x.sizes) > 4:
+        return
+    dim = b.random.choice(dims)
+    half = x.sizes[dim] // 2
+    sizes = [*x.sizes[:dim], 2, half, *x.sizes[dim + 1 :]]
+    b.add("unflatten", {"input": [x]}, sizes, dim=dim, sizes=b.random.choice(([2, half], [-1, half], [2, -1])))
+
+
+def _attention(b: _Builder) -> None:
+    x = b.pick((2, 3, 4))
+    if x is None or len(x.sizes) < 2 or min(x.sizes) < 1:
+        return
+    keys = [value for value in b.values if len(value.sizes) == len(x.sizes)]
+    keys = [value for value in keys if [*value.sizes[:-2], value.sizes[-1]] == [*x.sizes[:-2], x.sizes[-1]]]
+    key = b.random.choice(keys)
+    values = [value for value in b.values if list(value.sizes[:-1]) == list(key.sizes[:-1])]
+    value = b.random.choice(values)
+    causal, scale = b.random.random() < 0.5, b.random.choice(("", "0.25"))
+    inputs = {"query": [x], "key": [key], "value": [value]}
+    b.add("attention", inputs, (*x.sizes[:-1], value.sizes[-1]), is_causal=causal, scale=scale)
+
+
 def _group_norm(b: _Builder) -> None:
     x = b.pick((2, 3, 4, 5))
     if x is None or torch.Size(x.sizes[2:]).numel() < 2:
@@ -496,6 +536,9 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "group_norm": (1, _group_norm),
     "amax": (1, _amax),
     "matmul": (1, _matmul),
+    "attention": (1, _attention),
+    "prelu": (1, _prelu),
+    "unflatten": (1, _unflatten),
     "split": (1, _split),
     "gate": (1, _gate),
     "permute": (1, _permute),

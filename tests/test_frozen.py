@@ -1273,6 +1273,66 @@ def test_attention(dtype: torch.dtype) -> None:
         assert_close(frozen(x), model(x))
 
 
+class StepsFirst(nn.Module):
+    """The transformer of PyTorch's tutorial: a table of positions, which limits the steps, and the steps first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.randn(9, 1, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 12)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encoder(x + self.places[: x.size(0)]))
+
+
+@torch.no_grad()
+def test_steps_first() -> None:
+    torch.manual_seed(0)
+    model, x = StepsFirst().double().eval(), torch.randn(6, 4, 8, dtype=torch.float64)
+    frozen = fastnn.freeze(model, x)
+    assert isinstance(frozen, fastnn.FrozenModel)
+    for batch in (4, 1, 7):
+        x = torch.randn(6, batch, 8, dtype=torch.float64)
+        assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swapaxes": lambda x: x.swapaxes(1, 2),
+    "movedim": lambda x: x.movedim(1, -1),
+    "movedim back": lambda x: x.movedim(-1, 1),
+    "mT": lambda x: x.mT,
+    "narrow": lambda x: x.narrow(1, 1, 3),
+    "larger": lambda x: torch.nn.functional.interpolate(x, size=9),
+    "smaller": lambda x: torch.nn.functional.interpolate(x, size=3, mode="linear"),
+    "rms": lambda x: torch.nn.functional.rms_norm(x, (6,), eps=0.1),
+    "rms of small numbers": lambda x: torch.nn.functional.rms_norm(1e-8 * x, (6,)),
+}
+
+
+class Moves(nn.Module):
+    def __init__(self, move: Callable[[Tensor], Tensor], slopes: int) -> None:
+        super().__init__()
+        self.move, self.conv = move, nn.Conv1d(5, 5, 3, padding=1)
+        self.slope, self.out = nn.PReLU(slopes, init=-0.3), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.move(self.out(self.slope(self.conv(x))))
+
+
+@pytest.mark.parametrize("slopes", [1, 5])
+@pytest.mark.parametrize("name", MOVES)
+@torch.no_grad()
+def test_moves(name: str, slopes: int) -> None:
+    torch.manual_seed(0)
+    model = Moves(MOVES[name], slopes).double().eval()
+    frozen = fastnn.freeze(model, torch.randn(3, 5, 6, dtype=torch.float64))
+    assert isinstance(frozen, fastnn.FrozenModel)
+    for batch in (3, 1, 4):
+        x = torch.randn(batch, 5, 6, dtype=torch.float64)
+        assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_columns_of_some_rows() -> None:
     """An embedding of a column that is cut reads the column that torch has cut."""

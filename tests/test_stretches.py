@@ -522,6 +522,30 @@ def test_batch_norm_without_running_statistics_in_eval_mode(passes: set[int]) ->
     assert int(norm.num_batches_tracked) == 0
 
 
+class _OtherResults(nn.Module):
+    """The places of maxima and the weights of an attention, which no network has, are read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.heads = nn.Linear(6, 6), nn.Linear(6, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        largest, places = torch.relu(self.a(x)).max(1)
+        y = torch.relu(self.b(x))
+        attended, weights = self.heads(y, y, y)
+        again, _ = self.heads(y, y, y)
+        both = torch.relu(self.a(x)).max(1)
+        return torch.relu(self.b(largest)), places, attended, weights, again, both.values, both[1]
+
+
+def test_results_that_no_network_has(passes: set[int]) -> None:
+    stock, fused = _pair(_OtherResults)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-8)
+    with torch.no_grad():
+        assert_close(fused(x), stock(x))
+
+
 def test_few_stock_layers_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     _, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))

@@ -290,6 +290,47 @@ def _arithmetic(m: Any, x: Tensor) -> Tensor:
     return m.out(torch.cat(parts, -1)).clip(max=2.0)
 
 
+def _sizes_of_images(m: Any, x: Tensor) -> Tensor:
+    """As of feature pyramids: images become as large as others, and pools are as large as images."""
+    a = m.drop(m.slopes(m.a(x)))
+    b = m.slope(m.b(F.max_pool2d(a, 3, 2)))
+    a = a + F.interpolate(b, size=a.shape[2:]) + F.interpolate(b, (a.size(2), a.size(3)), mode="bilinear")
+    a = a + F.interpolate(m.drop(b), a.shape[-2:], mode="bilinear", align_corners=True)
+    pooled = F.max_pool2d(a, a.shape[2:]) + F.avg_pool2d(b, b.size()[2:]) + F.avg_pool2d(a, (a.size(2), a.size(3)))
+    y = F.dropout2d(m.unflatten(m.fc(pooled.flatten(1))), 0.3, m.training)
+    return m.c(F.softsign(y)).unflatten(1, (2, -1)).flatten(1)
+
+
+def _attentions(m: Any, x: Tensor) -> Tensor:
+    """Attention by torch's module and by its function."""
+    y, _ = m.attention(x, x, x)
+    y = m.norm(x + y)
+    q, k, v = m.qkv(y).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.2 if m.training else 0.0)
+    y = y + z.transpose(1, 2).flatten(2)
+    y = y + F.scaled_dot_product_attention(y, y[:, 1:], y[:, 1:, :], scale=0.5)
+    y = y + F.scaled_dot_product_attention(y, y, y, is_causal=True)
+    return F.rms_norm(m.out(y.mT @ y), (8,), eps=0.01).mean(1)
+
+
+def _by_blocks(m: Any, x: Tensor) -> Tensor:
+    """Attention that torch computes block by block. It has no second derivative, in torch neither."""
+    q, k, v = m.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v) + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return m.out((y + F.scaled_dot_product_attention(q, k, v, scale=0.3)).transpose(1, 2).flatten(2))
+
+
+def _positions(m: Any, x: Tensor) -> Tensor:
+    """Rows of a table, and parts of parameters, as many as there are steps."""
+    y = m.fc(x) + m.table[:, : x.shape[1]] + m.words(torch.arange(x.size(1)))
+    y = y + m.words(torch.arange(0, x.shape[1], dtype=torch.long).unsqueeze(0)) * m.words(torch.arange(4)[None]).sum(1)
+    return m.out(y.tanh()) + m.last[1 : x.size(1), :].mean(0).unsqueeze(0)
+
+
+def _encoder_layer(**settings: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, **settings)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "residual": (lambda: By(_residual, **_residual_layers()), (4, 3, 9, 8)),
     "u-net": (lambda: By(_u_net, **_u_net_layers()), (2, 2, 12, 8)),
@@ -305,6 +346,39 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
             head=nn.Linear(8, 3), drop=nn.Dropout(0.2), places=_places(),
         ),
         (3, 5, 8),
+    ),
+    "sizes of images": (
+        lambda: By(
+            _sizes_of_images, a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 6, 2), c=nn.Conv2d(2, 4, 2), drop=nn.Dropout2d(0.4),
+            slopes=nn.PReLU(6), slope=nn.PReLU(), fc=nn.Linear(6, 12), unflatten=nn.Unflatten(1, (2, 3, 2)),
+        ),
+        (4, 3, 12, 9),
+    ),
+    "heads": (
+        lambda: By(
+            _attentions, attention=nn.MultiheadAttention(8, 2, 0.2, batch_first=True), norm=nn.RMSNorm(8),
+            qkv=nn.Linear(8, 24), out=nn.Linear(8, 8),
+        ),
+        (3, 5, 8),
+    ),
+    "positions": (
+        lambda: By(
+            _positions, fc=nn.Linear(3, 6), words=nn.Embedding(9, 6), out=nn.Linear(6, 2),
+            table=nn.Parameter(torch.randn(1, 8, 6)), last=nn.Parameter(torch.randn(7, 2)),
+        ),
+        (4, 5, 3),
+    ),
+    "encoder": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoder(_encoder_layer(), 2, nn.LayerNorm(8), enable_nested_tensor=False), nn.Linear(8, 3)
+        ),
+        (3, 5, 8),
+    ),
+    "encoder, norms first": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 4, 12, activation="gelu", norm_first=True, bias=False), nn.Linear(8, 3),
+        ),
+        (5, 3, 8),
     ),
     "cells": (lambda: By(_cells, cell=nn.LSTMCell(3, 6), fc=nn.Linear(6, 2)), (5, 4, 3)),
     "gru cells": (lambda: By(_gru_cells, cell=nn.GRUCell(3, 6), fc=nn.Linear(6, 2)), (5, 3, 3)),
@@ -457,6 +531,13 @@ def _follow(
 
 CASES = [(name, torch.contiguous_format) for name in MODELS]
 CASES += [(name, torch.channels_last) for name, (_, sizes) in MODELS.items() if len(sizes) == 4]
+
+
+@pytest.mark.parametrize("steps", [1, 6, 70])
+def test_attention_by_blocks(steps: int) -> None:
+    models = _pair(lambda: By(_by_blocks, qkv=nn.Linear(8, 24), out=nn.Linear(8, 3)), torch.float64)
+    x = torch.randn(2, steps, 8, dtype=torch.float64)
+    _follow(models, F.mse_loss, [x], torch.randn(2, steps, 3, dtype=torch.float64), "one operator call", 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -36,6 +36,9 @@ class NotALayerError(Exception):
     """Why a node is no layer of a network."""
 
 
+_RANGES = (_aten.arange.default, _aten.arange.start)
+
+
 class Reader:
     """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes."""
 
@@ -47,18 +50,19 @@ class Reader:
         self.parts: dict[Node, list[Value]] = {}  # the results of a node that has several
         # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
         self.columns: dict[Node, tuple[Node, int, int]] = {}
+        self.ranges: set[Node] = set()  # nodes that are numbers in a row from 0 on, which embeddings alone take
         self.lines: list[Line] = []  # the lines of the node that is being read
         kinds = {tensor.dtype for tensor in constants.values() if tensor.is_floating_point()}
         self.dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
 
     def read(self, node: Node) -> list[Line]:
         """The lines that compute what the node computes."""
+        if self._is_column(node) or self._is_range(node):
+            return []
         read = ROWS.get(node.target)
         if read is None:
             raise NotALayerError("has no counterpart in a frozen model")
         result = node.meta.get("val")
-        if self._is_column(node):
-            return []
         if isinstance(result, Tensor) and result.dtype != self.dtype:
             raise NotALayerError(f"gives {result.dtype}")
         self.lines = []
@@ -84,6 +88,18 @@ class Reader:
         if given.op != "placeholder" or not all(type(one) is int for one in node.args[1:]):
             return False
         self.columns[node] = given, node.args[1], node.args[2]  # type: ignore[assignment]
+        return True
+
+    def _is_range(self, node: Node) -> bool:
+        """Notes torch.arange of a size, and what puts dimensions of one in front of it."""
+        is_first = node.target in _RANGES and (len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0))
+        if not is_first and not (_puts_one_in_front(node) and node.args[0] in self.ranges):
+            return False
+        if not all(user.target is _aten.embedding.default or _puts_one_in_front(user) for user in node.users):
+            return False
+        if node.meta["val"].dtype != torch.int64 or -1 in self.write_sizes(_sizes(node))[0]:
+            return False
+        self.ranges.add(node)
         return True
 
     # ---- what rows use ----
@@ -201,6 +217,9 @@ class Reader:
         return self.add("permute", {"input": [value]}, [value.sizes[d] for d in dims], dims=list(dims))
 
     def slice(self, value: Value, dim: int, start: Any, stop: Any, step: Any, sizes: Sequence[Any]) -> Value:
+        if start == 0 and step == 1 and not isinstance(stop, int):
+            written, like = self.whole_sizes([sizes[dim]])
+            return self.add("slice", {"input": [value], "like": like}, sizes, dim=dim, start=0, sizes=written)
         if not all(isinstance(one, int) for one in (start, stop, step)):
             raise NotALayerError("takes a part whose place depends on the input's sizes")
         return self.add("slice", {"input": [value]}, sizes, dim=dim, start=start, stop=stop, step=step)
@@ -212,6 +231,10 @@ class Reader:
         return self.add(
             "binary", {"input": [value]}, value.sizes, function=function, number=float(number), **attributes
         )
+
+
+def _puts_one_in_front(node: Node) -> bool:
+    return node.target is _aten.unsqueeze.default and bool(node.args[1] == 0)
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
@@ -323,6 +346,10 @@ def _mlp(read: Reader, node: Node, x: Any, parameters: Any, text: str) -> None:
 @_row(_aten.embedding.default)
 def _embedding(read: Reader, node: Node, weight: Any, numbers: Any, *rest: Any) -> None:
     column: dict[str, Any] = {}
+    if numbers in read.ranges:  # the first rows of the table
+        sizes = _sizes(node)
+        rows = read.slice(read.value(weight), 0, 0, _sizes(numbers)[-1], 1, sizes[-2:])
+        return read.finish(node, read.reshape(rows, sizes))
     if numbers in read.columns:
         numbers, dim, index = read.columns[numbers]
         column = {"selects": True, "dim": dim, "index": index}
@@ -614,6 +641,32 @@ def _attention(
     read.finish(node, read.add("attention", given, _sizes(node), is_causal=is_causal, scale=text))
 
 
+@_row(_aten.rms_norm.default)
+def _rms_norm(
+    read: Reader, node: Node, x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: Any = None
+) -> None:
+    value = read.data(x)
+    if len(normalized_shape) != 1:
+        raise NotALayerError("normalizes several dimensions")
+    epsilon = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
+    squares = read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul")
+    mean = read.add("mean", {"input": [squares]}, (*value.sizes[:-1], 1), dims=[-1], keepdim=True)
+    mean = read.binary("add", mean, epsilon)
+    factor = read.add("unary", {"input": [mean]}, mean.sizes, function="rsqrt")
+    made = read.add("binary", {"input": [value], "other": [factor]}, value.sizes, function="mul")
+    if weight is not None:
+        made = read.add("binary", {"input": [made], "other": [read.value(weight)]}, value.sizes, function="mul")
+    read.finish(node, made)
+
+
+@_row(_aten.prelu.default)
+def _prelu(read: Reader, node: Node, x: Any, weight: Any) -> None:
+    value, slope = read.data(x), read.value(weight)
+    if slope.tensor is not None and slope.tensor.numel() == 1:
+        return read.finish(node, read.activate(value, f"leaky_relu({float(slope.tensor)!r})"))
+    read.finish(node, read.add("prelu", {"input": [value], "weight": [slope]}, value.sizes))
+
+
 @_row(_aten.group_norm.default)
 def _group_norm(
     read: Reader, node: Node, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
@@ -845,12 +898,26 @@ def _permute(read: Reader, node: Node, x: Any, dims: Sequence[int]) -> None:
     read.finish(node, read.permute(value, [d % len(value.sizes) for d in dims]))
 
 
-@_row(_aten.transpose.int)
+@_row(_aten.transpose.int, _aten.swapaxes.default, _aten.swapdims.default)
 def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> None:
     value = read.data(x)
     dims = list(range(len(value.sizes)))
     dims[first], dims[second] = dims[second], dims[first]
     read.finish(node, read.permute(value, dims))
+
+
+@_row(_aten.movedim.int)
+def _movedim(read: Reader, node: Node, x: Any, source: int, destination: int) -> None:
+    value = read.data(x)
+    dims = list(range(len(value.sizes)))
+    moved = dims.pop(source)
+    dims.insert(destination % len(value.sizes), moved)
+    read.finish(node, read.permute(value, dims))
+
+
+@_row(_aten.mT.default)
+def _mt(read: Reader, node: Node, x: Any) -> None:
+    _transpose(read, node, x, -2, -1)
 
 
 @_row(_aten.t.default)
@@ -874,6 +941,11 @@ def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, en
         return read.finish(node, value)
     stop = _END if end is None else end
     read.finish(node, read.slice(value, dim, 0 if start is None else start, stop, step, _sizes(node)))
+
+
+@_row(_aten.narrow.default)
+def _narrow(read: Reader, node: Node, x: Any, dim: int, start: Any, length: Any) -> None:
+    _slice(read, node, x, dim, start, start + length)
 
 
 @_row(_aten.select.int)
@@ -942,14 +1014,14 @@ def _upsample(read: Reader, node: Node, x: Any, output_size: Any, *rest: Any) ->
     value = read.data(x)
     linear = "linear" in str(node.target)
     aligns, factors = (rest[0] if linear else False), rest[-1]
+    asked: dict[str, Any]
     if factors is None:
-        pairs = list(zip(value.sizes[2:], _sizes(node)[2:], strict=True))
-        if not all(isinstance(one, int) and isinstance(other, int) and other % one == 0 for one, other in pairs):
-            raise NotALayerError("enlarges by factors that are no whole numbers")
-        factors = [other // one for one, other in pairs]
-    if not all(float(factor).is_integer() for factor in factors):
+        written, like = read.whole_sizes(_sizes(node)[2:], value)
+        asked = {"sizes": written}
+    elif all(float(factor).is_integer() for factor in factors):
+        like, asked = [], {"factors": [int(factor) for factor in factors]}
+    else:
         raise NotALayerError("enlarges by factors that are no whole numbers")
-    whole = [int(factor) for factor in factors]
-    inputs = {"input": [value]}
-    made = read.add("upsample", inputs, _sizes(node), factors=whole, linear=linear, align_corners=bool(aligns))
+    inputs = {"input": [value], "like": like} if like else {"input": [value]}
+    made = read.add("upsample", inputs, _sizes(node), **asked, linear=linear, align_corners=bool(aligns))
     read.finish(node, made)

@@ -291,7 +291,9 @@ def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
     by_node = {node: constants[node.name] for node in graph.nodes if node.name in constants}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op != "call_function" or not inputs or not all(one in by_node for one in inputs):
+        if node.op != "call_function" or not all(one in by_node for one in inputs):
+            continue
+        if not inputs and node.target not in (_aten.arange.default, _aten.arange.start):
             continue
         if not isinstance(node.target, OpOverload) or _draws(node):
             continue

@@ -1,429 +1,72 @@
 """What each node of a fused graph is among the layers of networks, in training and in inference: a row for each
-function, method or module.
-
-A row gets the reader, the node and the node's arguments as torch's function has them, and adds lines; or it raises
-NotANetworkError, and torch runs the node.
-"""
+function, method or module. (Those of attention are in ``attention_layers.py``.)"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import isfinite, isnan, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
-from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn.activations import parse
-from fastnn.graph.guard import Guard
+from fastnn.graph import attention_layers  # noqa: F401 (registers its rows)
 from fastnn.graph.joining import chooses_last, kernel_of
-from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
-from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.graph.order import in_place, unpack
+from fastnn.graph.reader import (
+    MODULE_ROWS,
+    NotANetworkError,
+    Reader,
+    Size,
+    each_dimension,
+    module_row,
+    name_of,
+    only_first_is_taken,
+    row,
+    row_of_class,
+)
 from fastnn.network_program import POOL_NAMES, UNARY, Line, Value, conv_attributes
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu_max_pool, relu_max_pool
-from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool, pad_of_ends, same_padding
+from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 
-
-class NotANetworkError(Exception):
-    """Why a node cannot be a layer of a network, or a model cannot be one network."""
-
-
-def has_side_effects(line: Line) -> bool:
-    """Whether a line does more than give its results: it draws random numbers, or changes statistics."""
-    if line.layer == "batch_norm":
-        return bool(line.attributes["trains"])
-    return line.layer in ("dropout", "noise") or bool(line.attributes.get("dropout"))
-
-
-def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
-    """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
-    needed, kept = set(results), []
-    for line in reversed(lines):
-        if has_side_effects(line) or any(value in needed for value in line.outputs):
-            needed.update(line.taken())
-            kept.append(line)
-    return kept[::-1]
-
-
-@dataclass(frozen=True)
-class _Size:
-    """A number that follows from the sizes of values."""
-
-    dimensions: tuple[tuple[Value, int], ...]
-    factor: int = 1
-    divisor: int = 1
-
-
-class Reader:
-    """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
-    several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor.
-    takes_computed: whether parameters may be computed, as weight_norm computes them; `computed` has their names."""
-
-    def __init__(
-        self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node], takes_computed: bool = False
-    ) -> None:
-        self.modules, self.order, self._takes_computed = modules, order, takes_computed
-        self.computed: dict[Value, str] = {}
-        self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
-        self.given = list(self.values.values())
-        self.integers: set[Value] = set()  # inputs of integers, which embeddings take
-        self.floats: set[Value] = set()  # values that must hold floating-point numbers
-        # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
-        self.columns: dict[Node, tuple[Value, int, int]] = {}
-        # Of a node that is many times one number: the inputs and attributes of its line, which each use makes anew.
-        self.constants: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
-        self.parts: dict[Node, Any] = {}
-        self.shapes: dict[Node, Value] = {}
-        # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
-        self.sizes: dict[Node, _Size] = {}
-        self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
-        self.done: set[Node] = set()  # nodes that were read with one before
-        self.lines: list[Line] = []
-        self.sources: list[tuple[Any, Any]] = []
-        self.guard = Guard()
-        self.counters: list[tuple[Any, str]] = []
-        self.draws = False
-        self._weights: dict[int, Value] = {}  # by the tensor's id
-
-    def read(self, node: Node) -> None:
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            holder = self.modules[owner]
-            held = holder._parameters if name in holder._parameters else holder._buffers
-            if name in held:
-                self.tensors[node] = (held, name)
-            else:
-                self.values[node] = self._computed(self.modules[owner], name)
-            return
-        if not node.users and node not in self.order.writes:  # nobody sees what it gives
-            return
-        self._check_in_place(node)
-        args: tuple[Any, ...] = node.args
-        kwargs = dict(node.kwargs)
-        if "input" in kwargs and node.op == "call_function":
-            args = (kwargs.pop("input"), *args)
-        module = self.modules[str(node.target)] if node.op == "call_module" else None
-        try:
-            if self._read_known_layer(node):
-                return
-            row: Any = None
-            if module is not None:
-                if not has_own_call(module) and not why_not_read(module):
-                    row = _MODULES.get(layer_forward(module))
-                if row is None and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-                    row = _recurrent if isinstance(module, nn.RNNBase) else _cell
-                args = (module, *args)
-            else:
-                row = ROWS.get(node.target)
-            if row is None:
-                if module is not None and is_parametrized(module):
-                    raise NotANetworkError(f"a parameter of '{node.target}' is computed from something else")
-                raise NotANetworkError(f"{_name(node, self.modules)} is no layer of a network")
-            row(self, node, *args, **kwargs)
-        except (TypeError, ValueError, IndexError, AttributeError) as error:
-            raise NotANetworkError(f"{_name(node, self.modules)} has arguments that a step does not know") from error
-
-    def _check_in_place(self, node: Node) -> None:
-        """A change of a tensor in place is read as a new tensor, where nothing else takes the old one."""
-        if node.op == "call_module":
-            writes = bool(getattr(self.modules[str(node.target)], "inplace", False))
-            changed: Any = node.args[0] if node.args else None
-        else:
-            name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-            writes = name.endswith("_") and not name.endswith("__")
-            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
-            changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
-        if not writes:
-            return
-        if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
-            raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that others see")
-        made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
-        if (
-            made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"
-        ):  # stock's backward raises
-            raise NotANetworkError(f"{_name(node, self.modules)} changes a tensor that backward may need")
-
-    # ---- values -----------------------------------------------------------------------------------------------------
-
-    def value(self, node: Any) -> Value:
-        """The value that a node is: computed, an input, or a tensor of the model."""
-        if isinstance(node, Node):
-            known = self.values.get(node)
-            if known is not None:
-                return known
-            if node in self.tensors:
-                return self.tensor_of_model(*self.tensors[node])
-            if node in self.constants:
-                inputs, attributes = self.constants[node]
-                return self.add(None, "full", inputs, **attributes)
-        raise NotANetworkError(f"{getattr(node, 'name', 'something')} is computed from something else")
-
-    def data(self, node: Any) -> Value:
-        """The value that a node is, which must hold floating-point numbers."""
-        value = self.value(node)
-        if value in self.integers:
-            raise NotANetworkError("an input of integers goes to more than embeddings")
-        self.floats.add(value)
-        return value
-
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the model's parameters; None where it has none of floating point."""
-        held = (one for module in self.modules.values() for one in module._parameters.values())
-        return next((one.dtype for one in held if one is not None and one.is_floating_point()), None)
-
-    def tensor_of_model(self, container: Any, name: Any) -> Value:
-        if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
-            raise NotANetworkError("a tensor is held by something that is no module")
-        tensor = container[name]
-        if type(tensor) not in (Tensor, nn.Parameter):
-            raise NotANetworkError(f"a tensor of the model is a {type(tensor).__name__}")
-        if not any(own is container and other == name for own, other in self.sources):
-            self.sources.append((container, name))
-        known = self._weights.get(id(tensor))
-        if known is None:
-            known = self._weights[id(tensor)] = Value(tensor.shape, tensor)
-        return known
-
-    def own(self, module: nn.Module, name: str) -> list[Value]:
-        """A module's tensor of this name; nothing where it has none."""
-        if is_parametrized(module, name):
-            return [self._computed(module, name)]
-        for held in (module._parameters, module._buffers):
-            if name in held:
-                return [] if held[name] is None else [self.tensor_of_model(held, name)]
-        if getattr(module, name, None) is not None:
-            raise NotANetworkError(f"a {type(module).__name__}'s {name} is computed from something else")
-        return []
-
-    def _computed(self, module: nn.Module, name: str) -> Value:
-        if not self._takes_computed or not is_parametrized(module, name) or not computes_only(module):
-            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
-        path = next(path for path, one in self.modules.items() if one is module)
-        target = f"{path}.{name}" if path else name
-        known = next((value for value, other in self.computed.items() if other == target), None)
-        if known is None:
-            known = Value(())
-            self.computed[known] = target
-        return known
-
-    def optional(self, node: Any) -> list[Value]:
-        return [] if node is None else [self.value(node)]
-
-    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
-        """Adds a line of one result, which is the node's -> the result."""
-        result = Value(())
-        self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
-        if node is not None:
-            self.values[node] = result
-        return result
-
-    def note(self, module: nn.Module, *names: str) -> None:
-        """Notes in the guard that the program depends on the module and on these attributes of it."""
-        self.guard.note_layer(module)
-        self.guard.note_settings(module, names)
-
-    def note_log_softmax(self, node: Node) -> None:
-        if node.op == "call_module":
-            self.note(self.modules[str(node.target)], "dim")
-
-    # ---- layers that the matcher knows ------------------------------------------------------------------------------
-
-    def _read_known_layer(self, node: Node) -> bool:
-        layer = read_layer(node, self.modules)
-        if layer is None:
-            return False
-        if layer.kind not in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "dropout", "identity"):
-            if (alone := activation_of(layer)) is not None:
-                self._note_settings(layer)
-                self.add(node, "activation", {"input": [self.data(layer.input)]}, activation=str(alone))
-                return True
-            if not layer.kind.startswith("max_pool"):
-                return False
-        self._note_settings(layer)
-        if layer.kind == "identity" or (layer.kind == "dropout" and not layer.settings["training"]):
-            self.values[node] = self.data(layer.input)
-            return True
-        if layer.kind == "dropout":
-            if layer.module is not None and type(layer.module) is not nn.Dropout:
-                raise NotANetworkError(f"{type(layer.module).__name__} drops more than single elements")
-            self.dropout(node, self.data(layer.input), layer.settings["p"])
-            return True
-        inputs = {"input": [self.data(layer.input)], **{n: self._tensor(layer, n) for n in ("weight", "bias")}}
-        if layer.kind == "linear":
-            self.add(node, "linear", inputs)
-        elif layer.kind == "batch_norm":
-            self._add_norm_alone(node, layer, inputs)
-        elif layer.kind.startswith("conv"):
-            self._add_convolution(node, layer, inputs)
-        else:
-            self._add_max_pool(node, layer, inputs["input"])
-        return True
-
-    def _add_convolution(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
-        settings = layer.settings
-        if settings.get("padding_mode", "zeros") != "zeros":
-            raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {settings['padding_mode']}")
-        stride, dilation = (_each(settings[name], layer.dims) for name in ("stride", "dilation"))
-        padding = settings["padding"]
-        if isinstance(padding, str) and layer.module is None:  # no guard notes the kernel's size
-            raise NotANetworkError(f"{layer.name}'s padding is {padding!r}")
-        inputs["input"], padding = self.padded(inputs["input"][0], padding, inputs["weight"][0], stride, dilation)
-        self.add(node, "conv", inputs, stride=stride, padding=padding, dilation=dilation, groups=settings["groups"])
-
-    def padded(
-        self, value: Value, padding: Any, weight: Value, stride: Sequence[int], dilation: Sequence[int]
-    ) -> tuple[list[Value], list[int]]:
-        """A convolution's input and padding. Where "same" pads unevenly, the input has one more row behind it."""
-        dims = len(stride)
-        if not isinstance(padding, str):
-            return [value], _each(padding, dims)
-        if padding not in ("same", "valid") or len(weight.sizes) != dims + 2 or (padding == "same" and max(stride) > 1):
-            raise NotANetworkError(f"a convolution's padding is {padding!r}")
-        if padding == "valid":
-            return [value], [0] * dims
-        both, ends = same_padding(weight.sizes[2:], dilation)
-        if any(ends):
-            value = self.add(None, "pad", {"input": [value]}, padding=pad_of_ends(ends), value=0.0)
-        return [value], both
-
-    def _note_settings(self, layer: Layer) -> None:
-        if layer.module is not None:
-            self.note(layer.module, *settings_of(layer.module))
-
-    def _tensor(self, layer: Layer, name: str) -> list[Value]:
-        if name not in layer.tensors:
-            return []
-        if layer.module is not None:
-            return self.own(layer.module, name)
-        return [self.value(layer.tensors[name])]
-
-    def dropout(self, node: Node, value: Value, p: float) -> None:
-        if not p:
-            self.values[node] = value
-            return
-        self.add(node, "dropout", {"input": [value]}, p=float(p))
-        self.draws = True
-
-    def _add_max_pool(self, node: Node, layer: Layer, input: list[Value]) -> None:
-        s = layer.settings
-        if s["return_indices"]:
-            raise NotANetworkError(f"{layer.name} returns indices")
-        kernel = _each(s["kernel_size"], layer.dims)
-        stride = kernel if s["stride"] in (None, (), []) else _each(s["stride"], layer.dims)
-        self.add(
-            node, "max_pool", {"input": input}, kernel=kernel, stride=stride, padding=_each(s["padding"], layer.dims),
-            dilation=_each(s["dilation"], layer.dims), ceil_mode=bool(s["ceil_mode"]),
-        )  # fmt: skip
-
-    def _add_norm_alone(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
-        """Adds a batch norm that no ReLU and max-pool follow."""
-        module: Any = layer.module
-        if module is None:
-            raise NotANetworkError("a batch norm is called as a function")
-        settings = layer.settings
-        running = {"mean": self.own(module, "running_mean"), "variance": self.own(module, "running_var")}
-        trains = bool(settings["training"]) or not running["mean"]
-        tracked = bool(settings["track_running_stats"])
-        if trains and not tracked:
-            running = {}
-        if trains and running.get("mean") and settings["momentum"] is None:
-            raise NotANetworkError(f"{layer.name} keeps a cumulative average")
-        dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"BatchNorm{d}d")))
-        self.add(
-            node, "batch_norm", {**inputs, **running}, dims=dims, trains=trains,
-            momentum=float(settings["momentum"] or 0.0), epsilon=float(settings["eps"]),
-        )  # fmt: skip
-        if settings["training"] and tracked and module.num_batches_tracked is not None:
-            self.counters.append((module._buffers, "num_batches_tracked"))
-
-
-def _each(numbers: Any, dims: int) -> list[int]:
-    given = [numbers] * dims if isinstance(numbers, int) else list(numbers)
-    if len(given) != dims or not all(type(one) is int for one in given):
-        raise NotANetworkError("a layer has settings that are not as many numbers as dimensions")
-    return given
-
-
-def _name(node: Node, modules: dict[str, nn.Module]) -> str:
-    """What the node does, in the words of a user."""
-    if node.op == "call_module":
-        return f"{type(modules[str(node.target)]).__name__} '{node.target}'"
-    if node.target is operator.getitem:
-        return "an index"
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-ROWS: dict[Any, Callable[..., None]] = {}
-_MODULES: dict[Any, Callable[..., None]] = {}
 # Layers that move elements, and whose results may lie in the memory of what they take.
 VIEWS = frozenset(
     {
         *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
-        "split",
+        *("split", "unflatten"),
     }
 )
-# Layers whose results stock does not save for backward, so that they may be changed in place.
-_NOT_SAVED = frozenset(
-    {
-        *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
-        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp"),
-        "repeat",
-    }
-)
-
-
-def _row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a row for functions, and for methods by their names."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        ROWS.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
-
-
-def _module(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a row for modules, which gets the module before the call's own arguments."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        _MODULES.update({kind.forward: function for kind in kinds})
-        return function
-
-    return register
 
 
 # ---- what the matcher has made --------------------------------------------------------------------------------------
 
 
-@_row(conv_relu_max_pool)
+@row(conv_relu_max_pool)
 def _conv_relu_max_pool(read: Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
     inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
     read.add(node, "conv", inputs, **conv_attributes(geometry, dims), activation="relu")
 
 
-@_row(convolution)
+@row(convolution)
 def _convolution_alone(read: Reader, node: Node, x: Any, weight: Any, bias: Any, *, geometry: Any, dims: int) -> None:
     inputs = {"input": [read.data(x)], "weight": [read.value(weight)], "bias": read.optional(bias)}
     read.add(node, "conv", inputs, **conv_attributes(geometry, dims))
 
 
-@_row(mlp_of_parameters)
+@row(mlp_of_parameters)
 def _mlp(read: Reader, node: Node, x: Any, parameters: Any, activations: str) -> None:
     layers = parse(activations)
     _add_linears(read, node, x, layers, parameters[: len(layers)], [*parameters[len(layers) :]] or [None] * len(layers))
 
 
-@_row(mlp_with_some_biases)
+@row(mlp_with_some_biases)
 def _mlp_with_some_biases(read: Reader, node: Node, x: Any, both: Any, activations: str) -> None:
     layers = parse(activations)
     _add_linears(read, node, x, layers, both[: len(layers)], both[len(layers) :])
@@ -439,19 +82,19 @@ def _add_linears(
 
 
 def _pool_attributes(settings: dict[str, Any], dims: int) -> dict[str, Any]:
-    size = _each(settings["pool_kernel_size"], dims)
+    size = each_dimension(settings["pool_kernel_size"], dims)
     stride = settings.get("pool_stride")
     return {
         "pool": size,
-        "pool_stride": size if stride in (None, (), []) else _each(stride, dims),
-        "pool_padding": _each(settings.get("pool_padding", 0), dims),
-        "pool_dilation": _each(settings.get("pool_dilation", 1), dims),
+        "pool_stride": size if stride in (None, (), []) else each_dimension(stride, dims),
+        "pool_padding": each_dimension(settings.get("pool_padding", 0), dims),
+        "pool_dilation": each_dimension(settings.get("pool_dilation", 1), dims),
         "ceil_mode": bool(settings.get("ceil_mode", False)),
         "activation": "relu",
     }
 
 
-@_row(relu_max_pool)
+@row(relu_max_pool)
 def _relu_max_pool(
     read: Reader, node: Node, x: Any, scale: Any = None, shift: Any = None, *, dims: int, **pool: Any
 ) -> None:
@@ -463,7 +106,7 @@ def _relu_max_pool(
     read.add(node, "max_pool", {"input": [value]}, **attributes, ceil_mode=settings["ceil_mode"])
 
 
-@_row(batch_norm_relu_max_pool)
+@row(batch_norm_relu_max_pool)
 def _batch_norm_relu_max_pool(
     read: Reader, node: Node, x: Any, mean: Any, var: Any, weight: Any, bias: Any, counter: Any = None, *, dims: int,
     training: bool, momentum: Any = 0.1, eps: float = 1e-5, **pool: Any
@@ -483,14 +126,14 @@ def _batch_norm_relu_max_pool(
         read.counters.append(read.tensors[counter])
 
 
-@_row(conv_batch_norm_relu_max_pool)
+@row(conv_batch_norm_relu_max_pool)
 def _conv_batch_norm_relu_max_pool(
     read: Reader, node: Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, *,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, eps: float = 1e-5, **pool: Any
 ) -> None:  # fmt: skip
     convolved = read.value(weight)
     dims = len(convolved.sizes) - 2
-    steps, apart = _each(stride, dims), _each(dilation, dims)
+    steps, apart = each_dimension(stride, dims), each_dimension(dilation, dims)
     padded, around = read.padded(read.data(x), padding, convolved, steps, apart)
     value = read.add(
         None, "conv", {"input": padded, "weight": [convolved], "bias": read.optional(bias)},
@@ -553,6 +196,7 @@ def _states(read: Reader, given: Any, features: Sequence[int]) -> list[Value]:
     return [read.data(node) for node in nodes]
 
 
+@row_of_class(nn.RNNBase)
 def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:
     layer: Any = kernel_of(module)
     if layer is None:
@@ -593,6 +237,7 @@ def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) ->
     read.note(module, *names, "_flat_weights", "_flat_weights_names")
 
 
+@row_of_class(nn.RNNCellBase)
 def _cell(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None:
     """One step of one layer: a sequence of one."""
     if kernel_of(module) is None:
@@ -629,7 +274,7 @@ _BINARY = {
 }
 
 
-@_row(*_BINARY)
+@row(*_BINARY)
 def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
     if alpha != 1:
         raise NotANetworkError("a sum has a factor")
@@ -661,50 +306,50 @@ def _without_expand(node: Node, other: Node) -> Any:
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 
 
-@_row(in_place)
+@row(in_place)
 def _in_place(read: Reader, node: Node, operation: str, x: Any, y: Any) -> None:
     if operation not in _IN_PLACE:
         raise NotANetworkError(f"{operation} is no layer of a network")
     _combine(read, node, _IN_PLACE[operation], x, y)
 
 
-@_row(operator.floordiv)
+@row(operator.floordiv)
 def _floordiv(read: Reader, node: Node, x: Any, y: Any) -> None:
     _compute_size(read, node, "div", x, y)
 
 
 def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
     """A product of sizes and numbers, or a size divided by a number, as a view may ask for it."""
-    sizes = [read.sizes[one] if one in read.sizes else _Size((), one) if type(one) is int else None for one in (x, y)]
+    sizes = [read.sizes[one] if one in read.sizes else Size((), one) if type(one) is int else None for one in (x, y)]
     first, second = sizes
     if first is None or second is None or first.divisor != 1 or second.divisor != 1:
         raise NotANetworkError("the model computes with a tensor's sizes")
     if function == "mul" and first.factor >= 0 and second.factor >= 0:
-        read.sizes[node] = _Size((*first.dimensions, *second.dimensions), first.factor * second.factor)
+        read.sizes[node] = Size((*first.dimensions, *second.dimensions), first.factor * second.factor)
     elif function == "div" and not second.dimensions and second.factor > 0:
-        read.sizes[node] = _Size(first.dimensions, first.factor, second.factor)
+        read.sizes[node] = Size(first.dimensions, first.factor, second.factor)
     else:
         raise NotANetworkError("the model computes with a tensor's sizes")
 
 
-@_row(operator.neg, torch.neg, "neg")
+@row(operator.neg, torch.neg, "neg")
 def _neg(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
 
 
-@_row(F.hardsigmoid)
+@row(F.hardsigmoid)
 def _hardsigmoid(read: Reader, node: Node, x: Any, inplace: bool = False) -> None:
     above = read.add(None, "binary", {"input": [read.data(x)]}, function="add", number=3.0)
     within = read.add(None, "activation", {"input": [above]}, activation="hardtanh(0.0,6.0)")
     read.add(node, "binary", {"input": [within]}, function="div", number=6.0)
 
 
-@_module(nn.Hardsigmoid)
+@module_row(nn.Hardsigmoid)
 def _hardsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _hardsigmoid(read, node, x)
 
 
-@_row(F.glu)
+@row(F.glu)
 def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
     parts = [Value(()), Value(())]
     read.lines.append(Line("split", {"input": [read.data(x)]}, parts, {"dim": dim, "chunks": 2}))
@@ -712,13 +357,13 @@ def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
     read.add(node, "binary", {"input": [parts[0]], "other": [gate]}, function="mul")
 
 
-@_module(nn.GLU)
+@module_row(nn.GLU)
 def _glu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _glu(read, node, x, module.dim)
     read.note(module, "dim")
 
 
-@_row(torch.clamp, "clamp", torch.clip, "clip")
+@row(torch.clamp, "clamp", torch.clip, "clip")
 def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -> None:
     bounds = {"min": min, "max": max}
     if not all(one is None or type(one) in (int, float) for one in bounds.values()):
@@ -729,12 +374,12 @@ def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -
     read.add(node, "clamp", {"input": [read.data(x)]}, **given)
 
 
-@_row(torch.clamp_min, "clamp_min")
+@row(torch.clamp_min, "clamp_min")
 def _clamp_min(read: Reader, node: Node, x: Any, min: Any) -> None:
     _clamp(read, node, x, min)
 
 
-@_row(torch.clamp_max, "clamp_max")
+@row(torch.clamp_max, "clamp_max")
 def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
     _clamp(read, node, x, None, max)
 
@@ -742,18 +387,18 @@ def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
 _UNARY = {**{getattr(torch, name): name for name in UNARY}, **{name: name for name in UNARY}, operator.abs: "abs"}
 
 
-@_row(*_UNARY)
+@row(*_UNARY)
 def _unary(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "unary", {"input": [read.data(x)]}, function=_UNARY[node.target])
 
 
-@_row(torch.square, "square")
+@row(torch.square, "square")
 def _square(read: Reader, node: Node, x: Any) -> None:
     value = read.data(x)
     read.add(node, "binary", {"input": [value], "other": [value]}, function="mul")
 
 
-@_row(operator.pow, torch.pow, "pow")
+@row(operator.pow, torch.pow, "pow")
 def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
     if type(exponent) not in (int, float) or exponent not in (0.5, 2, 3) or not isinstance(x, Node):
         raise NotANetworkError("a power is no square, cube or root")
@@ -765,28 +410,28 @@ def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
         read.add(node, "binary", {"input": [read.values[node]], "other": [read.data(x)]}, function="mul")
 
 
-@_row(torch.randn_like)
+@row(torch.randn_like)
 def _noise(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "noise", {"input": [read.data(x)]})
     read.draws = True
 
 
-@_row(torch.softmax, F.softmax, "softmax")
+@row(torch.softmax, F.softmax, "softmax")
 def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
     _add_softmax(read, node, x, dim, dtype, False)
 
 
-@_row(torch.log_softmax, F.log_softmax, "log_softmax")
+@row(torch.log_softmax, F.log_softmax, "log_softmax")
 def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
     _add_softmax(read, node, x, dim, dtype, True)
 
 
-@_module(nn.Softmax2d)
+@module_row(nn.Softmax2d)
 def _softmax_of_channels(read: Reader, node: Node, module: Any, x: Any) -> None:
     _add_softmax(read, node, x, -3, None, False)
 
 
-@_module(nn.Softmax, nn.LogSoftmax)
+@module_row(nn.Softmax, nn.LogSoftmax)
 def _softmax_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _add_softmax(read, node, x, module.dim, None, isinstance(module, nn.LogSoftmax))
     read.note(module, "dim")
@@ -814,20 +459,64 @@ def dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
 # ---- embeddings and norms -------------------------------------------------------------------------------------------
 
 
-@_module(nn.Embedding)
+@module_row(nn.Embedding)
 def _embedding_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        raise NotANetworkError(f"{_name(node, read.modules)} has max_norm, scale_grad_by_freq or sparse gradients")
+        raise NotANetworkError(f"{name_of(node, read.modules)} has max_norm, scale_grad_by_freq or sparse gradients")
     _add_embedding(read, node, x, read.own(module, "weight"), module.padding_idx)
     read.note(module, "padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
 
 
-@_row(F.embedding)
+@row(F.embedding)
 def _embedding(read: Reader, node: Node, x: Any, weight: Any, padding_idx: Any = None) -> None:
     _add_embedding(read, node, x, [read.value(weight)], padding_idx)
 
 
+@row(torch.arange)
+def _arange(
+    read: Reader, node: Node, start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, device: Any = None
+) -> None:
+    size = start if end is None else end
+    from_zero = end is None or (type(start) is int and start == 0)
+    if step != 1 or not from_zero or not (type(size) is int or size in read.sizes) or dtype not in (None, torch.int64):
+        raise NotANetworkError("numbers begin behind 0, have a step, or an end that is no size")
+    if not all(_takes_numbers(read, user) or _puts_one_in_front(user) for user in node.users):
+        raise NotANetworkError("numbers in a row go to more than embeddings")
+    read.ranges[node] = size, False
+
+
+def _puts_one_in_front(node: Node) -> bool:
+    """Whether a node is `unsqueeze(0)`, or an index of None."""
+    if node.target in (torch.unsqueeze, "unsqueeze"):
+        return bool(node.args[1:] == (0,) or node.kwargs.get("dim") == 0)
+    return node.target is operator.getitem and node.args[1] in (None, (None,), (None, slice(None)))
+
+
+def _note_range_with_one(read: Reader, node: Node, x: Node) -> None:
+    size, has_one_in_front = read.ranges[x]
+    if has_one_in_front or not _puts_one_in_front(node) or not all(_takes_numbers(read, user) for user in node.users):
+        raise NotANetworkError("numbers in a row go to more than embeddings")
+    read.ranges[node] = size, True
+
+
+def _slice_to_size(read: Reader, value: Value, dim: int, start: int, stop: Any, **attributes: Any) -> Value:
+    """The elements of a dimension from `start` up to a size, which is a number or follows from other values'."""
+    if type(stop) is int:
+        return read.add(None, "slice", {"input": [value]}, dim=dim, start=start, stop=stop, **attributes)
+    written, like = _write_sizes(read, (stop,))
+    return read.add(None, "slice", {"input": [value], "like": like}, dim=dim, start=start, sizes=written, **attributes)
+
+
 def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], padding: Any) -> None:
+    if x in read.ranges:  # the first rows of the table
+        if padding is not None:
+            raise NotANetworkError("an embedding of numbers in a row has a padding")
+        size, has_one_in_front = read.ranges[x]
+        value = _slice_to_size(read, weight[0], 0, 0, size, fits=True)
+        if has_one_in_front:
+            value = read.add(None, "unsqueeze", {"input": [value]}, dim=0)
+        read.values[node] = value
+        return
     column: dict[str, Any] = {}
     if x in read.columns:
         numbers, dim, index = read.columns[x]
@@ -848,25 +537,25 @@ def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], paddin
 def _takes_numbers(read: Reader, node: Node) -> bool:
     """Whether a node is an embedding."""
     if node.op == "call_module":
-        return _MODULES.get(layer_forward(read.modules[str(node.target)])) is _embedding_module
+        return MODULE_ROWS.get(layer_forward(read.modules[str(node.target)])) is _embedding_module
     return node.target is F.embedding
 
 
-@_module(nn.LayerNorm)
+@module_row(nn.LayerNorm)
 def _layer_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
     read.add(node, "layer_norm", inputs, features=prod(module.normalized_shape), epsilon=float(module.eps))
     read.note(module, "normalized_shape", "eps")
 
 
-@_module(nn.GroupNorm)
+@module_row(nn.GroupNorm)
 def _group_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
     read.add(node, "group_norm", inputs, groups=module.num_groups, epsilon=float(module.eps))
     read.note(module, "num_groups", "eps")
 
 
-@_row(F.group_norm)
+@row(F.group_norm)
 def _group_norm(
     read: Reader, node: Node, x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> None:
@@ -876,7 +565,7 @@ def _group_norm(
     read.add(node, "group_norm", inputs, groups=num_groups, epsilon=float(eps))
 
 
-@_module(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+@module_row(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     if module.track_running_stats or module.running_mean is not None:
         raise NotANetworkError("an instance norm has running statistics")
@@ -886,7 +575,7 @@ def _instance_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None
     read.note(module, "track_running_stats", "running_mean", "eps", "num_features")
 
 
-@_row(F.layer_norm)
+@row(F.layer_norm)
 def _layer_norm(
     read: Reader, node: Node, x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> None:
@@ -897,10 +586,37 @@ def _layer_norm(
     read.add(node, "layer_norm", inputs, features=prod(sizes), epsilon=float(eps))
 
 
+@row(F.rms_norm, torch.rms_norm)
+def _rms_norm(read: Reader, node: Node, x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None:
+    _add_rms_norm(read, node, x, normalized_shape, read.optional(weight), eps)
+
+
+@module_row(nn.RMSNorm)
+def _rms_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_rms_norm(read, node, x, module.normalized_shape, read.own(module, "weight"), module.eps)
+    read.note(module, "normalized_shape", "eps")
+
+
+def _add_rms_norm(read: Reader, node: Node, x: Any, sizes: Sequence[int], weight: list[Value], eps: Any) -> None:
+    dtype = read.dtype()
+    if len(sizes) != 1 or dtype is None:
+        raise NotANetworkError("an RMS norm is over several dimensions, or of a model without parameters")
+    epsilon = torch.finfo(dtype).eps if eps is None else float(eps)
+    value = read.data(x)
+    squares = read.add(None, "binary", {"input": [value], "other": [value]}, function="mul")
+    mean = read.add(None, "mean", {"input": [squares]}, dims=[-1], keepdim=True)
+    mean = read.add(None, "binary", {"input": [mean]}, function="add", number=epsilon)
+    factor = read.add(None, "unary", {"input": [mean]}, function="rsqrt")
+    value = read.add(None, "binary", {"input": [value], "other": [factor]}, function="mul")
+    if weight:
+        value = read.add(None, "binary", {"input": [value], "other": weight}, function="mul")
+    read.values[node] = value
+
+
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-@_module(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@module_row(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_transpose(read: Reader, node: Node, module: Any, x: Any) -> None:
     inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
     names = ("stride", "padding", "output_padding", "dilation")
@@ -915,7 +631,7 @@ _POOLS: dict[Any, tuple[str, int]] = {
 }
 
 
-@_row(*(function for function, (kind, _) in _POOLS.items() if kind == "avg"))
+@row(*(function for function, (kind, _) in _POOLS.items() if kind == "avg"))
 def _avg_pool(
     read: Reader, node: Node, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: Any = None
@@ -924,7 +640,7 @@ def _avg_pool(
     _add_avg_pool(read, node, x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-@_module(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+@module_row(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _avg_pool_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     _add_avg_pool(read, node, x, _dims_of(module), *(getattr(module, name, None) for name in names))
@@ -942,38 +658,65 @@ def _add_avg_pool(
 ) -> None:  # fmt: skip
     if ceil_mode or divisor is not None:
         raise NotANetworkError("an average pool has ceil_mode or a divisor of its own")
-    if isinstance(kernel, Node) and dims == 1 and stride in (None, (), []) and padding == 0:
-        value = read.data(x)
-        if read.sizes.get(kernel) in (_Size(((value, -1),)), _Size(((value, 2),))):  # over the whole length
-            read.add(node, "mean", {"input": [value]}, dims=[-1], keepdim=True)
-            return
-    size = _each(kernel, dims)
-    steps = size if stride in (None, (), []) else _each(stride, dims)
+    if _is_whole_image(read, read.data(x), dims, kernel, stride, padding):
+        read.add(node, "mean", {"input": [read.data(x)]}, dims=list(range(-dims, 0)), keepdim=True)
+        return
+    size = each_dimension(kernel, dims)
+    steps = size if stride in (None, (), []) else each_dimension(stride, dims)
     read.add(
-        node, "avg_pool", {"input": [read.data(x)]}, kernel=size, stride=steps, padding=_each(padding, dims),
+        node, "avg_pool", {"input": [read.data(x)]}, kernel=size, stride=steps, padding=each_dimension(padding, dims),
         count_include_pad=bool(counts_padding),
     )  # fmt: skip
 
 
-@_row(*(function for function, (kind, _) in _POOLS.items() if kind == "adaptive"))
+_MAX_POOLS = {getattr(F, f"max_pool{d}d"): d for d in (1, 2, 3)}
+
+
+@row(*_MAX_POOLS)
+def _max_pool_of_computed_size(
+    read: Reader, node: Node, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False
+) -> None:  # fmt: skip
+    """A max-pool whose settings the matcher does not read, because they are no numbers."""
+    dims = _MAX_POOLS[node.target]
+    value = read.data(x)
+    if return_indices or dilation != 1 or not _is_whole_image(read, value, dims, kernel_size, stride, padding):
+        raise NotANetworkError("a max-pool's settings depend on the input's sizes")
+    read.values[node] = _largest(read, value, dims)
+
+
+def _is_whole_image(read: Reader, value: Value, dims: int, kernel: Any, stride: Any, padding: Any) -> bool:
+    """Whether a pool has one window, of the image's own sizes: `F.max_pool2d(x, x.shape[2:])`."""
+    if stride not in (None, (), []) or padding not in (0, (0,) * dims, [0] * dims):
+        return False
+    if isinstance(kernel, Node) and kernel in read.tails:
+        return read.tails[kernel] in ((value, 2), (value, -dims))
+    sizes = kernel if isinstance(kernel, (tuple, list)) else [kernel]
+    own = [(Size(((value, dim - dims),)), Size(((value, 2 + dim),))) for dim in range(dims)]
+    return len(sizes) == dims and all(
+        isinstance(size, Node) and read.sizes.get(size) in both for size, both in zip(sizes, own, strict=True)
+    )
+
+
+@row(*(function for function, (kind, _) in _POOLS.items() if kind == "adaptive"))
 def _adaptive(read: Reader, node: Node, x: Any, output_size: Any) -> None:
     _add_adaptive(read, node, x, _POOLS[node.target][1], output_size)
 
 
-@_module(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+@module_row(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 def _adaptive_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _add_adaptive(read, node, x, _dims_of(module), module.output_size)
     read.note(module, "output_size")
 
 
 def _add_adaptive(read: Reader, node: Node, x: Any, dims: int, sizes: Any) -> None:
-    numbers = _each(sizes, dims)
+    numbers = each_dimension(sizes, dims)
     if any(one < 1 for one in numbers):
         raise NotANetworkError("an adaptive pool has no size")
     read.add(node, "adaptive_avg_pool", {"input": [read.data(x)]}, sizes=numbers)
 
 
-@_row(F.interpolate)
+@row(F.interpolate)
 def _interpolate(
     read: Reader, node: Node, x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
     align_corners: Any = None, recompute_scale_factor: Any = None, antialias: bool = False
@@ -983,7 +726,7 @@ def _interpolate(
     _add_upsample(read, node, x, size, scale_factor, mode, align_corners)
 
 
-@_module(nn.Upsample)
+@module_row(nn.Upsample)
 def _upsample_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     if module.recompute_scale_factor:
         raise NotANetworkError("an interpolation recomputes its factors")
@@ -993,27 +736,45 @@ def _upsample_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 
 def _add_upsample(read: Reader, node: Node, x: Any, size: Any, factor: Any, mode: str, aligns: Any) -> None:
     dims = {"linear": 1, "bilinear": 2}.get(mode)
-    if size is not None or factor is None or (dims is None and mode != "nearest"):
-        raise NotANetworkError("an interpolation has a size in place of a factor, or another mode")
-    if not isinstance(factor, (tuple, list)):
-        factor = [factor] * (dims or 1)  # of the nearest pixels, one factor stands for all dimensions
-    if not all(float(one).is_integer() for one in factor):
-        raise NotANetworkError("an interpolation's factors are no whole numbers")
-    if len(factor) > 2:
-        raise NotANetworkError("an interpolation has more than two dimensions")
-    whole = [int(one) for one in factor]
-    read.add(
-        node, "upsample", {"input": [read.data(x)]}, factors=whole, linear=mode != "nearest",
-        align_corners=bool(aligns),
-    )  # fmt: skip
+    if dims is None and mode != "nearest":
+        raise NotANetworkError(f"an interpolation's mode is {mode}")
+    inputs = {"input": [read.data(x)]}
+    if size is not None:
+        asked, inputs["like"] = _write_sizes_of_image(read, size, dims)
+        if not 1 <= len(asked) <= 2:
+            raise NotANetworkError("an interpolation has more than two dimensions")
+        attributes = {"sizes": asked}
+    else:
+        if not isinstance(factor, (tuple, list)):
+            factor = [factor] * (dims or 1)  # of the nearest pixels, one factor stands for all dimensions
+        if not all(float(one).is_integer() for one in factor):
+            raise NotANetworkError("an interpolation's factors are no whole numbers")
+        if len(factor) > 2:
+            raise NotANetworkError("an interpolation has more than two dimensions")
+        attributes = {"factors": [int(one) for one in factor]}
+    read.add(node, "upsample", inputs, **attributes, linear=mode != "nearest", align_corners=bool(aligns))
 
 
-@_row(F.pad)
+def _write_sizes_of_image(read: Reader, size: Any, dims: int | None) -> tuple[list[Any], list[Value]]:
+    """The sizes of an image's dimensions as a program has them -> these, and the values `like`. dims: how many there
+    are, if that is known."""
+    if isinstance(size, Node) and size in read.tails:
+        value, first = read.tails[size]
+        count = -first if first < 0 else dims or 2  # (a network refuses where there are not as many)
+        return [f"0.{dim}" for dim in range(first, first + count)], [value]
+    if type(size) is int:
+        if dims is None:
+            raise NotANetworkError("one size stands for all dimensions of an image")
+        size = (size,) * dims
+    return _write_sizes(read, size if isinstance(size, (tuple, list)) else (size,))
+
+
+@row(F.pad)
 def _pad(read: Reader, node: Node, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> None:
     _add_pad(read, node, x, pad, mode, value)
 
 
-@_module(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+@module_row(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 def _pad_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _add_pad(read, node, x, module.padding, "constant", module.value)
     read.note(module, "padding", "value")
@@ -1028,12 +789,12 @@ def _add_pad(read: Reader, node: Node, x: Any, pad: Any, mode: str, value: Any) 
 # ---- sums and products ----------------------------------------------------------------------------------------------
 
 
-@_row(torch.mean, "mean")
+@row(torch.mean, "mean")
 def _mean(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> None:
     _add_mean(read, node, x, dim, keepdim, dtype, False)
 
 
-@_row(torch.sum, "sum")
+@row(torch.sum, "sum")
 def _sum(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> None:
     _add_mean(read, node, x, dim, keepdim, dtype, True)
 
@@ -1047,7 +808,7 @@ def _add_mean(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool, dtype: 
     read.add(node, "mean", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim), sums=sums)
 
 
-@_row(torch.amax, "amax")
+@row(torch.amax, "amax")
 def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False) -> None:
     dims = [dim] if type(dim) is int else list(dim)
     if not all(type(one) is int for one in dims):
@@ -1055,11 +816,13 @@ def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False
     read.add(node, "amax", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim))
 
 
-@_row(torch.max, "max")
+@row(torch.max, "max")
 def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
     """The largest elements of a dimension. Their places, the second result, are no value of a network."""
     if type(dim) is not int:
         raise NotANetworkError("a maximum is of two tensors, or of a whole one")
+    if not only_first_is_taken(node):
+        raise NotANetworkError("the places of a maximum are read")
     value = read.add(None, "amax", {"input": [read.data(x)]}, dims=[dim], keepdim=bool(keepdim), ties="first")
     read.parts[node] = [value]
 
@@ -1067,12 +830,12 @@ def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = Fals
 _LARGEST = {getattr(F, f"adaptive_max_pool{d}d"): d for d in (1, 2, 3)}
 
 
-@_row(*_LARGEST)
+@row(*_LARGEST)
 def _adaptive_max(read: Reader, node: Node, x: Any, output_size: Any, return_indices: bool = False) -> None:
     _add_adaptive_max(read, node, x, _LARGEST[node.target], output_size, return_indices)
 
 
-@_module(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+@module_row(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 def _adaptive_max_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"AdaptiveMaxPool{d}d")))
     _add_adaptive_max(read, node, x, dims, module.output_size, module.return_indices)
@@ -1080,18 +843,59 @@ def _adaptive_max_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 
 
 def _add_adaptive_max(read: Reader, node: Node, x: Any, dims: int, sizes: Any, indices: bool) -> None:
-    if indices or any(one != 1 for one in _each(sizes, dims)):
+    if indices or any(one != 1 for one in each_dimension(sizes, dims)):
         raise NotANetworkError("an adaptive max-pool gives more than one element a channel, or places")
-    value = read.data(x)
+    read.values[node] = _largest(read, read.data(x), dims)
+
+
+def _largest(read: Reader, value: Value, dims: int) -> Value:
+    """The largest element of each channel. Of equal ones the first gets the gradient, as in a pool."""
     if dims > 1:
         value = read.add(None, "flatten", {"input": [value]}, start_dim=-dims)
     value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first")
     for _ in range(dims - 1):
         value = read.add(None, "unsqueeze", {"input": [value]}, dim=-1)
-    read.values[node] = value
+    return value
 
 
-@_row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
+@row(F.dropout1d, F.dropout2d, F.dropout3d)
+def _dropout_of_channels(
+    read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> None:
+    dims = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}[node.target]  # type: ignore[index]
+    read.dropout(node, read.data(x), p if training else 0.0, dims)
+
+
+@row(F.prelu, torch.prelu)
+def _prelu(read: Reader, node: Node, x: Any, weight: Any) -> None:
+    read.add(node, "prelu", {"input": [read.data(x)], "weight": [read.value(weight)]})
+
+
+@module_row(nn.PReLU)
+def _prelu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    read.add(node, "prelu", {"input": [read.data(x)], "weight": read.own(module, "weight")})
+    read.note(module)
+
+
+@row(F.softsign)
+def _softsign(read: Reader, node: Node, x: Any) -> None:
+    _add_softsign(read, node, x)
+
+
+@module_row(nn.Softsign)
+def _softsign_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softsign(read, node, x)
+    read.note(module)
+
+
+def _add_softsign(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    size = read.add(None, "unary", {"input": [value]}, function="abs")
+    size = read.add(None, "binary", {"input": [size]}, function="add", number=1.0)
+    read.add(node, "binary", {"input": [value], "other": [size]}, function="div")
+
+
+@row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
 def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
     read.add(node, "matmul", {"input": [read.data(x)], "other": [read.data(y)]})
 
@@ -1099,12 +903,24 @@ def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
 # ---- what moves elements --------------------------------------------------------------------------------------------
 
 
-@_row(torch.flatten, "flatten")
+@row(torch.flatten, "flatten")
 def _flatten(read: Reader, node: Node, x: Any, start_dim: int = 0, end_dim: int = -1) -> None:
     read.add(node, "flatten", {"input": [read.data(x)]}, start_dim=start_dim, end_dim=end_dim)
 
 
-@_row("view", "reshape", torch.reshape)
+@row(torch.unflatten, "unflatten")
+def _unflatten(read: Reader, node: Node, x: Any, dim: int, sizes: Any) -> None:
+    read.add(node, "unflatten", {"input": [read.data(x)]}, dim=dim, sizes=each_dimension(sizes, len(sizes)))
+
+
+@module_row(nn.Unflatten)
+def _unflatten_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    sizes = module.unflattened_size
+    read.add(node, "unflatten", {"input": [read.data(x)]}, dim=module.dim, sizes=each_dimension(sizes, len(sizes)))
+    read.note(module, "dim", "unflattened_size")
+
+
+@row("view", "reshape", torch.reshape)
 def _view(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
     if named or not sizes or any(isinstance(one, torch.dtype) for one in sizes):
         raise NotANetworkError("a view is of another dtype")
@@ -1134,59 +950,59 @@ def _write_sizes(read: Reader, sizes: Sequence[Any]) -> tuple[list[Any], list[Va
     return written, like
 
 
-@_row("expand", "broadcast_to", torch.broadcast_to)
+@row("expand", "broadcast_to", torch.broadcast_to)
 def _expand(read: Reader, node: Node, x: Any, *sizes: Any) -> None:
     written, like = _write_sizes(read, sizes)
     read.add(node, "expand", {"input": [read.data(x)], "like": like}, sizes=written)
 
 
-@_row("expand_as")
+@row("expand_as")
 def _expand_as(read: Reader, node: Node, x: Any, other: Any) -> None:
     read.add(node, "expand", {"input": [read.data(x)], "like": [read.value(other)]})
 
 
-@_row("repeat")
+@row("repeat")
 def _repeat(read: Reader, node: Node, x: Any, *sizes: Any) -> None:
     written, like = _write_sizes(read, sizes)
     read.add(node, "repeat", {"input": [read.data(x)], "like": like}, sizes=written)
 
 
-@_row(torch.zeros)
+@row(torch.zeros)
 def _zeros(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
     _note_constant(read, node, sizes, 0.0, **named)
 
 
-@_row(torch.ones)
+@row(torch.ones)
 def _ones(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
     _note_constant(read, node, sizes, 1.0, **named)
 
 
-@_row("new_zeros")
+@row("new_zeros")
 def _new_zeros(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
     _note_constant(read, node, sizes, 0.0, read.data(x), **named)
 
 
-@_row("new_ones")
+@row("new_ones")
 def _new_ones(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
     _note_constant(read, node, sizes, 1.0, read.data(x), **named)
 
 
-@_row("new_full")
+@row("new_full")
 def _new_full(read: Reader, node: Node, x: Any, size: Any, fill_value: Any, **named: Any) -> None:
     _note_constant(read, node, size, fill_value, read.data(x), **named)
 
 
-@_row(torch.zeros_like)
+@row(torch.zeros_like)
 def _zeros_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
     _note_constant(read, node, None, 0.0, read.data(x), **named)
 
 
-@_row(torch.ones_like)
+@row(torch.ones_like)
 def _ones_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
     _note_constant(read, node, None, 1.0, read.data(x), **named)
 
 
-@_row(torch.full_like)
+@row(torch.full_like)
 def _full_like(read: Reader, node: Node, x: Any, fill_value: Any, **named: Any) -> None:
     _note_constant(read, node, None, fill_value, read.data(x), **named)
 
@@ -1211,27 +1027,27 @@ def _note_constant(
     read.constants[node] = {"like": known}, {"sizes": written, "value": float(number)}
 
 
-@_row(F.pixel_shuffle, torch.pixel_shuffle)
+@row(F.pixel_shuffle, torch.pixel_shuffle)
 def _pixel_shuffle(read: Reader, node: Node, x: Any, upscale_factor: int) -> None:
     r = upscale_factor
     apart = ["0.0", f"0.1/{r * r}", r, r, "0.2", "0.3"]
     _move_pixels(read, node, x, apart, [0, 1, 4, 2, 5, 3], ["0.0", f"0.1/{r * r}", f"{r}*0.2", f"{r}*0.3"])
 
 
-@_row(F.pixel_unshuffle, torch.pixel_unshuffle)
+@row(F.pixel_unshuffle, torch.pixel_unshuffle)
 def _pixel_unshuffle(read: Reader, node: Node, x: Any, downscale_factor: int) -> None:
     r = downscale_factor
     apart = ["0.0", "0.1", f"0.2/{r}", r, f"0.3/{r}", r]
     _move_pixels(read, node, x, apart, [0, 1, 3, 5, 2, 4], ["0.0", f"{r * r}*0.1", f"0.2/{r}", f"0.3/{r}"])
 
 
-@_module(nn.PixelShuffle)
+@module_row(nn.PixelShuffle)
 def _pixel_shuffle_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _pixel_shuffle(read, node, x, module.upscale_factor)
     read.note(module, "upscale_factor")
 
 
-@_module(nn.PixelUnshuffle)
+@module_row(nn.PixelUnshuffle)
 def _pixel_unshuffle_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _pixel_unshuffle(read, node, x, module.downscale_factor)
     read.note(module, "downscale_factor")
@@ -1245,57 +1061,67 @@ def _move_pixels(read: Reader, node: Node, x: Any, apart: list[Any], dims: list[
     read.add(node, "reshape", {"input": [moved], "like": [value]}, sizes=joined)
 
 
-@_row(torch.squeeze, "squeeze")
+@row(torch.squeeze, "squeeze")
 def _squeeze(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
     if type(dim) is not int:
         raise NotANetworkError("squeeze takes away whatever dimensions are one")
     read.add(node, "squeeze", {"input": [read.data(x)]}, dim=dim)
 
 
-@_row(torch.unsqueeze, "unsqueeze")
+@row(torch.unsqueeze, "unsqueeze")
 def _unsqueeze(read: Reader, node: Node, x: Any, dim: int) -> None:
+    if x in read.ranges:
+        return _note_range_with_one(read, node, x)
     read.add(node, "unsqueeze", {"input": [read.data(x)]}, dim=dim)
 
 
-@_row(torch.transpose, "transpose", torch.swapaxes, "swapaxes")
+@row(torch.transpose, "transpose", torch.swapaxes, "swapaxes", torch.swapdims, "swapdims")
 def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> None:
     read.add(node, "transpose", {"input": [read.data(x)]}, first=first, second=second)
 
 
-@_row(torch.permute, "permute")
+@row(torch.t, "t")
+def _turn(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    if len(value.sizes) != 2:
+        raise NotANetworkError("t may be of a tensor of one dimension")
+    read.add(node, "transpose", {"input": [value]}, first=0, second=1)
+
+
+@row(torch.permute, "permute")
 def _permute(read: Reader, node: Node, x: Any, *dims: Any) -> None:
     given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     read.add(node, "permute", {"input": [read.data(x)]}, dims=list(given))
 
 
-@_row("contiguous")
+@row("contiguous")
 def _contiguous(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "contiguous", {"input": [read.data(x)]})
 
 
-@_module(nn.Flatten)
+@module_row(nn.Flatten)
 def _flatten_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     _flatten(read, node, x, module.start_dim, module.end_dim)
     read.note(module, "start_dim", "end_dim")
 
 
-@_row(torch.cat, torch.concat)
+@row(torch.cat, torch.concat)
 def _cat(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
     read.add(node, "cat", {"inputs": [read.data(one) for one in parts]}, dim=dim)
 
 
-@_row(torch.stack)
+@row(torch.stack)
 def _stack(read: Reader, node: Node, parts: Any, dim: int = 0) -> None:
     values = [read.add(None, "unsqueeze", {"input": [read.data(one)]}, dim=dim) for one in parts]
     read.add(node, "cat", {"inputs": values}, dim=dim)
 
 
-@_row(torch.chunk, "chunk")
+@row(torch.chunk, "chunk")
 def _chunk(read: Reader, node: Node, x: Any, chunks: int, dim: int = 0) -> None:
     _add_split(read, node, x, dim, chunks=chunks)
 
 
-@_row(torch.split, "split")
+@row(torch.split, "split")
 def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
     if type(size) is int:
         _add_split(read, node, x, dim, size=size)
@@ -1303,7 +1129,7 @@ def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
         _add_split(read, node, x, dim, sizes=list(size))
 
 
-@_row(torch.unbind, "unbind")
+@row(torch.unbind, "unbind")
 def _unbind(read: Reader, node: Node, x: Any, dim: int = 0) -> None:
     _add_split(read, node, x, dim, unbind=True)
 
@@ -1324,7 +1150,7 @@ def _add_split(read: Reader, node: Node, x: Any, dim: int, **attributes: Any) ->
 # ---- sizes and parts ------------------------------------------------------------------------------------------------
 
 
-@_row("size")
+@row("size")
 def _size(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
     if dim is None:
         read.shapes[node] = read.value(x)
@@ -1332,12 +1158,14 @@ def _size(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
         _add_size(read, node, read.value(x), dim)
 
 
-@_row(getattr)
+@row(getattr)
 def _attribute(read: Reader, node: Node, x: Any, name: str) -> None:
     if name == "shape":
         read.shapes[node] = read.value(x)
     elif name == "values" and x.target in (torch.max, "max") and x in read.parts:
         read.values[node] = read.parts[x][0]
+    elif name == "mT":
+        read.add(node, "transpose", {"input": [read.data(x)]}, first=-2, second=-1)
     elif name not in ("device", "dtype"):
         raise NotANetworkError(f"the model asks a tensor for {name}")
 
@@ -1345,23 +1173,28 @@ def _attribute(read: Reader, node: Node, x: Any, name: str) -> None:
 def _add_size(read: Reader, node: Node, value: Value, dim: Any) -> None:
     if type(dim) is not int:
         raise NotANetworkError("the model asks for several sizes at once")
-    read.sizes[node] = _Size(((value, dim),))
+    read.sizes[node] = Size(((value, dim),))
 
 
-@_row(unpack)
+@row(unpack)
 def _unpack(read: Reader, node: Node, whole: Any, count: int) -> None:
     if whole in read.shapes:
         read.shapes[node] = read.shapes[whole]
-    elif whole in read.parts and len(read.parts[whole]) == count:
+    elif whole in read.parts and (len(read.parts[whole]) == count or only_first_is_taken(node)):
         read.parts[node] = read.parts[whole]
     else:
         raise NotANetworkError("the model unpacks a tensor")
 
 
-@_row(operator.getitem)
+@row(operator.getitem)
 def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
     if whole in read.shapes:
+        if isinstance(index, slice) and type(index.start) is int and index.stop is None and index.step is None:
+            read.tails[node] = read.shapes[whole], index.start
+            return None
         return _add_size(read, node, read.shapes[whole], index)
+    if whole in read.ranges:
+        return _note_range_with_one(read, node, whole)
     if whole in read.parts:
         part = read.parts[whole][index]
         if isinstance(part, list):
@@ -1400,6 +1233,9 @@ def _choose(read: Reader, value: Value, index: Any, dim: int) -> tuple[Value, bo
         return read.add(None, "unsqueeze", {"input": [value]}, dim=dim), False
     if isinstance(index, slice):
         start, stop, step = index.start, index.stop, index.step
+        start_is_number = start is None or type(start) is int
+        if isinstance(stop, Node) and stop in read.sizes and start_is_number and step in (None, 1):
+            return _slice_to_size(read, value, dim, start or 0, stop), False
         if not all(one is None or type(one) is int for one in (start, stop, step)) or (step or 1) < 1:
             raise NotANetworkError("an index depends on the input's sizes")
         if (start, stop, step) in ((None, None, None), (0, None, None)):

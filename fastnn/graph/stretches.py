@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch.fx import Graph, Node
 
 from fastnn._torch import saved_tensors_are_hooked
-from fastnn.graph.fused_layers import VIEWS, NotANetworkError, Reader, has_side_effects, used_lines
+from fastnn.graph.fused_layers import VIEWS
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
+from fastnn.graph.reader import NotANetworkError, Reader, has_side_effects, used_lines
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.ops._autograd import is_plain, wants_gradient

@@ -13,10 +13,11 @@ from torch.fx import Node
 from fastnn._torch import pytree
 from fastnn.graph.alike import NotAlikeError, Parts, kind_of
 from fastnn.graph.forward import Trace
-from fastnn.graph.fused_layers import NotANetworkError, Reader, dim_of_log_softmax, used_lines
+from fastnn.graph.fused_layers import dim_of_log_softmax
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
+from fastnn.graph.reader import NotANetworkError, Reader, used_lines
 from fastnn.network_program import Value, write
 
 

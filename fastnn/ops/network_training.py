@@ -18,7 +18,7 @@ from fastnn.activations import parse_one
 from fastnn.network_program import TextLine, read
 from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
 from fastnn.ops._raw_operator import raw_operator
-from fastnn.reference.network import Taken, layers_of_rnn, network, rnn_layer
+from fastnn.reference.network import Taken, attention_layer, layers_of_rnn, network, rnn_layer
 
 network_with_pass = direct_call(torch.ops.fastnn.network_with_pass.default)
 network_backward = direct_call(torch.ops.fastnn.network_backward.default)
@@ -98,7 +98,8 @@ _PRODUCTS = {
 # Other layers whose backward reads inputs, as torch's reads them.
 _READ_AGAIN: dict[str, Sequence[str]] = {
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool"), ("input",)),
-    **dict.fromkeys(("batch_norm", "layer_norm"), ("input", "weight")),
+    **dict.fromkeys(("batch_norm", "layer_norm", "prelu"), ("input", "weight")),
+    "attention": ("query", "key", "value"),
     "rnn": ("input", "h", "c", "weights"),
 }
 
@@ -196,7 +197,16 @@ class Network(torch.autograd.Function):
             masks = next(drawn) if line["dropout"] and layers_of_rnn(line, taken) > 1 else None
             return rnn_layer(line, taken, masks)
 
-        layers = {"dropout": dropout, "noise": noise, "rnn": rnn, "embedding": _embedding}
+        def attention(line: TextLine, taken: Taken) -> list[Tensor]:
+            return attention_layer(line, taken, next(drawn) if line["dropout"] else None)
+
+        layers = {
+            "dropout": dropout,
+            "noise": noise,
+            "rnn": rnn,
+            "attention": attention,
+            "embedding": _embedding,
+        }
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
             return tuple(network(tensors[: program.inputs], tensors[program.inputs :], program.text, layers))

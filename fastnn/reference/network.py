@@ -118,11 +118,13 @@ def _avg_pool(line: TextLine, taken: Taken) -> list[Tensor]:
 
 def _upsample(line: TextLine, taken: Taken) -> list[Tensor]:
     x = _one(taken, "input")
-    factors = _each(line["factors"], x.dim() - 2)
-    size = [s * f for s, f in zip(x.shape[2:], factors, strict=True)]
+    size = _sizes(line, taken)
+    if line["factors"]:
+        factors = _each(line["factors"], x.dim() - 2)
+        size = [s * f for s, f in zip(x.shape[2:], factors, strict=True)]
     if not line["linear"]:
         return [F.interpolate(x, size)]
-    mode = "linear" if len(factors) == 1 else "bilinear"
+    mode = "linear" if len(size) == 1 else "bilinear"
     return [F.interpolate(x, size, mode=mode, align_corners=line["align_corners"])]
 
 
@@ -173,10 +175,15 @@ def _layer_norm(line: TextLine, taken: Taken) -> list[Tensor]:
     return [F.layer_norm(x, sizes, weight, bias, line["epsilon"])]
 
 
-def _attention(line: TextLine, taken: Taken) -> list[Tensor]:
+def attention_layer(line: TextLine, taken: Taken, scales: Tensor | None = None) -> list[Tensor]:
+    """scales: what dropout multiplies the weights of the keys by."""
     query, key, value = (_one(taken, name) for name in ("query", "key", "value"))
-    scale = float(line["scale"]) if line["scale"] else None
-    return [F.scaled_dot_product_attention(query, key, value, is_causal=line["is_causal"], scale=scale)]
+    scale = float(line["scale"]) if line["scale"] else query.size(-1) ** -0.5
+    scores = query @ key.transpose(-2, -1) * scale
+    if line["is_causal"]:
+        scores = scores + torch.full_like(scores, -torch.inf).triu(1)
+    weights = scores.softmax(-1)
+    return [(weights if scales is None else weights * scales) @ value]
 
 
 def _group_norm(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -238,7 +245,8 @@ def _sizes(line: TextLine, taken: Taken) -> list[int]:
 
 def _slice(line: TextLine, taken: Taken) -> list[Tensor]:
     x, dim = _one(taken, "input"), line["dim"]
-    return [torch.ops.aten.slice.Tensor(x, dim, line["start"], line["stop"], line["step"])]
+    stop = _sizes(line, taken)[0] if line["sizes"] else line["stop"]
+    return [torch.ops.aten.slice.Tensor(x, dim, line["start"], stop, line["step"])]
 
 
 def _batch_norm(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -300,11 +308,12 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "upsample": _upsample,
     "linear": _linear,
     "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
-    "attention": _attention,
+    "attention": attention_layer,
     "rnn": rnn_layer,
     "embedding": _embedding,
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
     "clamp": lambda line, taken: [_one(taken, "input").clamp(line["min"], line["max"])],
+    "prelu": lambda line, taken: [F.prelu(_one(taken, "input"), _one(taken, "weight").flatten())],
     "unary": lambda line, taken: [getattr(torch, line["function"])(_one(taken, "input"))],
     "binary": _binary,
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
@@ -319,6 +328,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "repeat": lambda line, taken: [_one(taken, "input").repeat(_sizes(line, taken))],
     "full": _full,
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
+    "unflatten": lambda line, taken: [_one(taken, "input").unflatten(line["dim"], line["sizes"])],
     "squeeze": lambda line, taken: [_one(taken, "input").squeeze(line["dim"])],
     "unsqueeze": lambda line, taken: [_one(taken, "input").unsqueeze(line["dim"])],
     "transpose": lambda line, taken: [_one(taken, "input").transpose(line["first"], line["second"])],

@@ -1,4 +1,4 @@
-// activation, clamp, unary and binary: layers that compute element by element.
+// activation, clamp, unary, prelu and binary: layers that compute element by element.
 #pragma once
 
 #include "../../ops/stock.h"
@@ -92,6 +92,51 @@ class FunctionLayer : public UnaryLayer<T> {
   std::string name_;
 };
 
+// x where it is above zero, else x times a weight: one for all elements, or one for each channel (dimension 1).
+template <class T>
+class PreluLayer : public Layer<T> {
+ public:
+  PreluLayer(const ProgramLine& line, const Weights<T>&) { this->inputs = {line.input("input"), line.input("weight")}; }
+  FormatRule formats() const override { return FormatRule::alike; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    check_weight(site.inputs[1].count(), sizes);
+    site.outputs[0].sizes = sizes;
+  }
+  static void check_weight(int64_t count, const Ints& sizes) {
+    const int64_t channels = sizes.size() > 1 ? sizes[1] : 1;
+    FASTNN_CHECK(count == 1 || (!sizes.empty() && count == channels),
+                 "prelu: Mismatch of parameter numbers and input "
+                 "channel size. Found parameter numbers = ",
+                 count, " and channel size = ", channels, ".");
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType& output = call.site.outputs[0];
+    const T *const from = call.input(0), *const weight = call.input(1);
+    T* const to = call.output(0);
+    // The elements are rows of `inner` ones that lie together: pixels of all channels, or else planes of one channel.
+    const bool each = call.site.inputs[1].count() > 1, of_pixels = each && output.channels_last();
+    const int64_t channels = each ? output.sizes[1] : 1;
+    const int64_t inner = of_pixels ? channels : each ? product(output.sizes, 2, output.sizes.size()) : output.count();
+    const auto rectify_row = [&](int64_t first, int64_t count, auto weight_of) {
+      for (int64_t i = 0; i < count; ++i) {
+        const T x = from[first + i];
+        to[first + i] = x > 0 ? x : weight_of(i) * x;
+      }
+    };
+    parallel_range(output.count() / std::max<int64_t>(inner, 1), kCopyWork * static_cast<double>(inner),
+                   [&](int64_t first, int64_t last) {
+                     for (int64_t row = first; row < last; ++row) {
+                       if (of_pixels) {
+                         rectify_row(row * inner, inner, [&](int64_t i) { return weight[i]; });
+                       } else {
+                         rectify_row(row * inner, inner, [&](int64_t) { return weight[row % channels]; });
+                       }
+                     }
+                   });
+  }
+};
+
 inline BinaryKind binary_kind(const ProgramLine& line) {
   const std::string_view function = line.text("function");
   constexpr size_t count = sizeof(kBinaryNames) / sizeof(kBinaryNames[0]);
@@ -159,6 +204,9 @@ inline LayerEntry clamp_entry() {
 }
 inline LayerEntry unary_entry() {
   return layer_entry<FunctionLayer>("unary", {"input"}, {{"function", "text", nullptr}});
+}
+inline LayerEntry prelu_entry() {
+  return layer_entry<PreluLayer>("prelu", {"input", "weight"}, {});
 }
 inline LayerEntry binary_entry() {
   return layer_entry<BinaryLayer>("binary", {"input", "other?"},

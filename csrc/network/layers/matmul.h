@@ -40,13 +40,19 @@ template <class T>
 class AttentionLayer : public Layer<T> {
  public:
   AttentionLayer(const ProgramLine& line, const Weights<T>&)
-      : is_causal_(line.flag("is_causal")), scales_(!line.text("scale").empty()) {
+      : is_causal_(line.flag("is_causal")), scale_(scale_of(line)) {
     this->inputs = {line.input("query"), line.input("key"), line.input("value")};
-    if (scales_) scale_ = line.real("scale");
+    if (line.real("dropout") != 0) line.refuse("a network that is not trained drops nothing");
+  }
+  // What the products of queries and keys are multiplied by; torch's 1 / sqrt(features) where nothing is given.
+  static std::optional<double> scale_of(const ProgramLine& line) {
+    return line.text("scale").empty() ? std::nullopt : std::optional<double>(line.real("scale"));
   }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
-    const Ints &query = site.sizes(0), &key = site.sizes(1), &value = site.sizes(2);
+    site.outputs[0].sizes = sizes_of_output(site.sizes(0), site.sizes(1), site.sizes(2));
+  }
+  static Ints sizes_of_output(const Ints& query, const Ints& key, const Ints& value) {
     const size_t rank = query.size();
     FASTNN_CHECK(rank >= 2 && key.size() == rank && value.size() == rank,
                  "expected values of one number of dimensions");
@@ -56,8 +62,9 @@ class AttentionLayer : public Layer<T> {
     }
     FASTNN_CHECK(key[rank - 1] == query[rank - 1] && value[rank - 2] == key[rank - 2], "sizes ", to_string(query), ", ",
                  to_string(key), " and ", to_string(value), " do not go together");
-    site.outputs[0].sizes = query;
-    site.outputs[0].sizes.back() = value.back();
+    Ints sizes = query;
+    sizes.back() = value.back();
+    return sizes;
   }
   void run(const LayerCall<T>& call) const override {
     const auto tensor = [&](size_t i) {
@@ -65,20 +72,19 @@ class AttentionLayer : public Layer<T> {
       return tensor_over(call.input(i), type.sizes, type.strides());
     };
     const ValueType& output = call.site.outputs[0];
-    const Tensor found =
-        stock("aten::scaled_dot_product_attention", "", tensor(0), tensor(1), tensor(2), OptionalTensor(), 0.0,
-              is_causal_, scales_ ? std::optional<double>(scale_) : std::optional<double>(), false);
+    const Tensor found = stock("aten::scaled_dot_product_attention", "", tensor(0), tensor(1), tensor(2),
+                               OptionalTensor(), 0.0, is_causal_, scale_, false);
     stock("aten::copy_", "", tensor_over(call.output(0), output.sizes, output.strides()), found, false);
   }
 
  private:
-  bool is_causal_, scales_;
-  double scale_ = 0;
+  bool is_causal_;
+  std::optional<double> scale_;
 };
 
 inline LayerEntry attention_entry() {
   return layer_entry<AttentionLayer>("attention", {"query", "key", "value"},
-                                     {{"is_causal", "bool", "0"}, {"scale", "text", ""}});
+                                     {{"is_causal", "bool", "0"}, {"scale", "text", ""}, {"dropout", "float", "0"}});
 }
 inline LayerEntry matmul_entry() {
   return layer_entry<MatmulLayer>("matmul", {"input", "other"}, {});

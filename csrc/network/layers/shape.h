@@ -46,6 +46,7 @@ class AskedSizes {
     }
   }
   size_t like() const { return like_; }  // how many values
+  size_t count() const { return sizes_.size(); }
   // Whether the sizes are those of the value `like`.
   bool are_another_values() const { return sizes_.empty() && like_ == 1; }
 
@@ -237,6 +238,41 @@ class FlattenLayer : public Layer<T> {
   int64_t start_, end_;
 };
 
+// One dimension becomes several, of which one size may be -1: it follows from the others.
+template <class T>
+class UnflattenLayer : public Layer<T> {
+ public:
+  UnflattenLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), dim_(line.integer("dim", -16, 15)), sizes_(line.integers("sizes", -1, int64_t{1} << 40)) {
+    this->inputs = {line.input("input")};
+    if (sizes_.empty()) line.refuse("expected sizes");
+  }
+  bool is_view(const Site<T>&) const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints& sizes = site.sizes(0);
+    Ints& result = site.outputs[0].sizes;
+    const size_t at = dimension_of(line_, dim_, sizes.size());
+    Ints parts = sizes_;
+    int64_t known = 1, free = 0;
+    for (const int64_t part : parts)
+      part == -1 ? static_cast<void>(++free) : void(known = checked_product(known, part));
+    FASTNN_CHECK(free <= 1, "unflatten: only one dimension can be inferred");
+    if (free == 1 && known > 0) *std::find(parts.begin(), parts.end(), -1) = sizes[at] / known;
+    const bool fits = free == 1 ? known > 0 && sizes[at] % known == 0 : known == sizes[at];
+    FASTNN_CHECK(fits, "unflatten: Provided sizes ", to_string(sizes_), " don't multiply up to the size of dim ", dim_,
+                 " (", sizes[at], ") in the input tensor");
+    result.assign(sizes.begin(), sizes.begin() + static_cast<ptrdiff_t>(at));
+    result.insert(result.end(), parts.begin(), parts.end());
+    result.insert(result.end(), sizes.begin() + static_cast<ptrdiff_t>(at) + 1, sizes.end());
+  }
+  void run(const LayerCall<T>&) const override {}
+
+ private:
+  ProgramLine line_;
+  int64_t dim_;
+  Ints sizes_;
+};
+
 // squeeze and unsqueeze: take out a dimension if it has one element, or put one in.
 template <class T, bool adds>
 class SingleDimLayer : public Layer<T> {
@@ -345,19 +381,23 @@ class TransposeLayer : public ReorderLayer<T> {
 template <class T>
 class SliceLayer : public Layer<T> {
  public:
-  SliceLayer(const ProgramLine& line, const Weights<T>&) : line_(line) {
+  SliceLayer(const ProgramLine& line, const Weights<T>&) : line_(line), asked_(line, {"input"}, this->inputs) {
     constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-    this->inputs = {line.input("input")};
+    this->sizes_only = asked_.like();
+    if (asked_.count() > 1 || (asked_.like() && !asked_.count())) line.refuse("expected one size, which is the stop");
     dim_ = line.integer("dim", -16, 15);
     start_ = line.integer("start", -kMost, kMost);
     stop_ = line.integer("stop", -kMost, kMost);
     step_ = line.integer("step", 1, kMost);
+    fits_ = line.flag("fits");
   }
   FormatRule formats() const override { return FormatRule::alike; }
   void set_sizes(Site<T>& site) const override {
     Ints sizes = site.sizes(0);
     int64_t& size = sizes[dimension_of(line_, dim_, sizes.size())];
-    const int64_t first = place(start_, size), last = std::max(first, place(stop_, size));
+    const int64_t stop = this->stop(site);
+    FASTNN_CHECK(!fits_ || stop <= size, "index out of range in self");
+    const int64_t first = place(start_, size), last = std::max(first, place(stop, size));
     size = (last - first) / step_ + ((last - first) % step_ != 0);
     site.outputs[0].sizes = sizes;
   }
@@ -378,6 +418,11 @@ class SliceLayer : public Layer<T> {
     copy_array(from, strides, call.output(0), output.strides(), output.sizes,
                memory_order(strides.size(), output.channels_last()));
   }
+  int64_t dim() const { return dim_; }
+  int64_t start() const { return start_; }
+  int64_t step() const { return step_; }
+  // The stop that the line names, or the size that it asks for in its place.
+  int64_t stop(const Site<T>& site) const { return asked_.count() ? asked_.of(site)[0] : stop_; }
 
  private:
   static int64_t place(int64_t at, int64_t size) {
@@ -385,7 +430,9 @@ class SliceLayer : public Layer<T> {
   }
 
   ProgramLine line_;
+  AskedSizes asked_;
   int64_t dim_, start_, stop_, step_;
+  bool fits_;  // whether the stop must lie within the input
 };
 
 // Which element of which dimension a line selects.
@@ -628,6 +675,9 @@ inline LayerEntry full_entry() {
 inline LayerEntry flatten_entry() {
   return layer_entry<FlattenLayer>("flatten", {"input"}, {{"start_dim", "int", "0"}, {"end_dim", "int", "-1"}});
 }
+inline LayerEntry unflatten_entry() {
+  return layer_entry<UnflattenLayer>("unflatten", {"input"}, {{"dim", "int", nullptr}, {"sizes", "ints", nullptr}});
+}
 inline LayerEntry squeeze_entry() {
   return layer_entry<SqueezeLayer>("squeeze", {"input"}, {{"dim", "int", nullptr}});
 }
@@ -655,9 +705,13 @@ inline LayerEntry split_entry() {
                                   {"unbind", "bool", "0"}});
 }
 inline LayerEntry slice_entry() {
-  return layer_entry<SliceLayer>(
-      "slice", {"input"},
-      {{"dim", "int", nullptr}, {"start", "int", "0"}, {"stop", "int", "9223372036854775807"}, {"step", "int", "1"}});
+  return layer_entry<SliceLayer>("slice", {"input", "like*"},
+                                 {{"dim", "int", nullptr},
+                                  {"start", "int", "0"},
+                                  {"stop", "int", "9223372036854775807"},
+                                  {"step", "int", "1"},
+                                  {"sizes", "ints", ""},
+                                  {"fits", "bool", "0"}});
 }
 inline LayerEntry cat_entry() {
   return layer_entry<CatLayer>("cat", {"inputs*"}, {{"dim", "int", "0"}});

@@ -1,4 +1,4 @@
-// activation, clamp, unary, binary, dropout and noise in training: element by element.
+// activation, clamp, unary, prelu, binary, dropout and noise in training: element by element.
 #pragma once
 
 #include "../layers/elementwise.h"
@@ -196,12 +196,48 @@ class BinaryTraining : public TrainingLayer<T> {
   Tensor output_;
 };
 
+// prelu, by torch.
+template <class T>
+class PreluTraining : public TrainingLayer<T> {
+ public:
+  explicit PreluTraining(const ProgramLine& line) { this->inputs = {line.input("input"), line.input("weight")}; }
+  void forward(Tensor* outputs) override { outputs[0] = stock("aten::_prelu_kernel", "", this->given[0], weight()); }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    auto [of_input, of_weight] =
+        stock_results<2>("aten::_prelu_kernel_backward", "", gradients[0], this->given[0], weight());
+    if (wanted[0]) results[0] = {std::move(of_input), nullptr, true};
+    if (!wanted[1]) return;
+    const Tensor summed = reduced(std::move(of_weight), sizes_of(weight()));
+    results[1].tensor = reshaped(summed, sizes_of(this->given[1]));
+  }
+
+ private:
+  // The weight with as many dimensions as the input, so that torch broadcasts it.
+  Tensor weight() const {
+    const Tensor& weight = this->given[1];
+    PreluLayer<T>::check_weight(weight.numel(), sizes_of(this->given[0]));
+    Ints sizes(static_cast<size_t>(this->given[0].dim()), 1);
+    if (sizes.size() > 1) sizes[1] = weight.numel();
+    return reshaped(weight, sizes);
+  }
+};
+
+// Drops elements, or all elements of a channel together.
 template <class T>
 class DropoutTraining : public UnaryTraining<T> {
  public:
-  explicit DropoutTraining(const ProgramLine& line) : UnaryTraining<T>(line), drops_(probability(line, "p")) {}
+  explicit DropoutTraining(const ProgramLine& line)
+      : UnaryTraining<T>(line), drops_(probability(line, "p")), dims_(line.integer("channels_of", 0, 3)) {}
   void forward(Tensor* outputs) override {
-    scales_ = new_like<T>(this->input());  // has the input's strides, since stock draws in the order of memory
+    if (dims_ == 0) {
+      scales_ = new_like<T>(this->input());  // has the input's strides, since stock draws in the order of memory
+    } else {
+      Ints sizes = sizes_of(this->input());
+      FASTNN_CHECK(this->input().dim() == dims_ + 2, kTrainingStep, ": expected a batch of ", dims_,
+                   "d images, got size ", to_string(sizes));
+      std::fill(sizes.begin() + 2, sizes.end(), 1);
+      scales_ = new_tensor(sizes, kDtypeOf<T>);
+    }
     draw_scales<T>(drops_, scales_);
     outputs[0] = combined<T>(BinaryKind::mul, this->input(), scales_);
   }
@@ -212,6 +248,7 @@ class DropoutTraining : public UnaryTraining<T> {
 
  private:
   double drops_;
+  int64_t dims_;  // of the images whose channels are dropped as a whole; 0 where elements are
   Tensor scales_;
 };
 

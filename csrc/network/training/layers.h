@@ -25,6 +25,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"activation", make_training<ActivationTraining, T>},
       {"clamp", make_training<ClampTraining, T>},
       {"unary", make_training<FunctionTraining, T>},
+      {"prelu", make_training<PreluTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
@@ -38,11 +39,13 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"adaptive_avg_pool", make_training<AdaptiveAverageTraining, T>},
       {"upsample", make_training<UpsampleTraining, T>},
       {"matmul", make_training<MatmulTraining, T>},
+      {"attention", make_training<AttentionTraining, T>},
       {"reshape", make_training<ReshapeTraining, T>},
       {"expand", make_training<ExpandTraining, T>},
       {"repeat", make_training<RepeatTraining, T>},
       {"full", make_training<FullTraining, T>},
       {"flatten", make_training<FlattenTraining, T>},
+      {"unflatten", make_training<UnflattenTraining, T>},
       {"squeeze", make_training<SqueezeTraining, T>},
       {"unsqueeze", make_training<UnsqueezeTraining, T>},
       {"permute", make_training<PermuteTraining, T>},
@@ -67,7 +70,7 @@ inline std::vector<LayerEntry> training_entries() {
     return LayerEntry{name, std::move(inputs), std::move(attributes), nullptr, nullptr};
   };
   return {
-      entry("dropout", {"input"}, {{"p", "float", nullptr}}),
+      entry("dropout", {"input"}, {{"p", "float", nullptr}, {"channels_of", "int", "0"}}),
       entry("noise", {"input"}, {}),
   };
 }

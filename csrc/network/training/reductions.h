@@ -3,9 +3,12 @@
 #pragma once
 
 #include "../../kernels/max_pool.h"
+#include "../layers/matmul.h"
 #include "../layers/normalize.h"
+#include "../layers/upsample.h"
 #include "../../ops/product.h"
 #include "images.h"
+#include "shape.h"
 
 namespace fastnn {
 
@@ -414,48 +417,45 @@ class AdaptiveAverageTraining : public UnaryTraining<T> {
   Tensor images_, output_;
 };
 
-// Images enlarged by whole factors.
+// Images enlarged by whole factors, or of other sizes.
 template <class T>
-class UpsampleTraining : public UnaryTraining<T> {
+class UpsampleTraining : public SizedTraining<T, UpsampleLayer> {
  public:
-  explicit UpsampleTraining(const ProgramLine& line)
-      : UnaryTraining<T>(line),
-        factors_(line.integers("factors", 1, 1 << 16)),
-        linear_(line.flag("linear")),
-        aligns_(line.flag("align_corners")) {
-    if (factors_.empty() || factors_.size() > 2) line.refuse("expected one or two factors");
-  }
+  using SizedTraining<T, UpsampleLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    const bool one_for_both = factors_.size() == 1 && !linear_ && this->input().dim() == 4;  // as in inference
-    const size_t dims = one_for_both ? 2 : factors_.size();
-    fail_unless_rank(this->input(), static_cast<int64_t>(dims) + 2);
-    const Ints sizes = sizes_of(this->input());
-    size_.clear();
-    for (size_t d = 0; d < dims; ++d) {
-      size_.push_back(checked_product(sizes[2 + d], factors_[std::min(d, factors_.size() - 1)]));
-    }
-    outputs[0] =
-        dims == 1 ? (linear_ ? stock("aten::upsample_linear1d", "", this->input(), size_, aligns_, scale(0))
-                             : stock("aten::upsample_nearest1d", "", this->input(), size_, scale(0)))
-                  : (linear_ ? stock("aten::upsample_bilinear2d", "", this->input(), size_, aligns_, scale(0), scale(1))
-                             : stock("aten::upsample_nearest2d", "", this->input(), size_, scale(0), scale(1)));
-  }
-  Tensor gradient_of(const Tensor& gradient) override {
-    const Ints own = sizes_of(this->input());
+    const Ints sizes = this->output_sizes();
+    size_.assign(sizes.begin() + 2, sizes.end());
+    const UpsampleLayer<T>& layer = this->layer_;
+    const bool linear = layer.is_linear(), aligns = layer.aligns_corners();
+    const Tensor& input = this->given[0];
+    const std::optional<double> first = layer.scale(0), second = layer.scale(1);
     if (size_.size() == 1) {
-      return linear_ ? stock("aten::upsample_linear1d_backward", "", gradient, size_, own, aligns_, scale(0))
-                     : stock("aten::upsample_nearest1d_backward", "", gradient, size_, own, scale(0));
+      outputs[0] = linear ? stock("aten::upsample_linear1d", "", input, size_, aligns, first)
+                          : stock("aten::upsample_nearest1d", "", input, size_, first);
+    } else {
+      outputs[0] = linear ? stock("aten::upsample_bilinear2d", "", input, size_, aligns, first, second)
+                          : stock("aten::upsample_nearest2d", "", input, size_, first, second);
     }
-    return linear_ ? stock("aten::upsample_bilinear2d_backward", "", gradient, size_, own, aligns_, scale(0), scale(1))
-                   : stock("aten::upsample_nearest2d_backward", "", gradient, size_, own, scale(0), scale(1));
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[0]) return;
+    const UpsampleLayer<T>& layer = this->layer_;
+    const bool linear = layer.is_linear(), aligns = layer.aligns_corners();
+    const Tensor& gradient = gradients[0];
+    const Ints own = sizes_of(this->given[0]);
+    const std::optional<double> first = layer.scale(0), second = layer.scale(1);
+    if (size_.size() == 1) {
+      results[0].tensor = linear ? stock("aten::upsample_linear1d_backward", "", gradient, size_, own, aligns, first)
+                                 : stock("aten::upsample_nearest1d_backward", "", gradient, size_, own, first);
+    } else {
+      results[0].tensor =
+          linear ? stock("aten::upsample_bilinear2d_backward", "", gradient, size_, own, aligns, first, second)
+                 : stock("aten::upsample_nearest2d_backward", "", gradient, size_, own, first, second);
+    }
   }
 
  private:
-  std::optional<double> scale(size_t d) const {
-    return static_cast<double>(factors_[std::min(d, factors_.size() - 1)]);
-  }
-  Ints factors_, size_;
-  bool linear_, aligns_;
+  Ints size_;
 };
 
 // The product of matrices (..., n, m) and (..., m, k), one for each element of the dimensions in front.
@@ -483,6 +483,94 @@ class MatmulTraining : public TrainingLayer<T> {
   static Tensor turned(const Tensor& tensor) {
     return stock("aten::transpose", "int", tensor, int64_t{-2}, int64_t{-1});
   }
+};
+
+// Attention of queries (..., queries, features) to keys and values. Where torch multiplies block by block, so do we, by
+// its own operator. Else, and with dropout, it computes the weights of all keys, and so must we, who draw the same
+// numbers.
+template <class T>
+class AttentionTraining : public TrainingLayer<T> {
+ public:
+  explicit AttentionTraining(const ProgramLine& line)
+      : is_causal_(line.flag("is_causal")),
+        given_scale_(AttentionLayer<T>::scale_of(line)),
+        drops_(probability(line, "dropout")) {
+    this->inputs = {line.input("query"), line.input("key"), line.input("value")};
+  }
+  void forward(Tensor* outputs) override {
+    const Tensor &query = this->given[0], &key = this->given[1], &value = this->given[2];
+    const Ints sizes = sizes_of(query);
+    AttentionLayer<T>::sizes_of_output(sizes, sizes_of(key), sizes_of(value));
+    by_blocks_ = drops_ == 0 && sizes.size() == 4 && value.size(3) == sizes[3];
+    for (const Tensor& tensor : this->given) by_blocks_ &= tensor.numel() > 0 && tensor.strides().back() == 1;
+    if (by_blocks_) {
+      auto [output, logarithm] = stock_results<2>("aten::_scaled_dot_product_flash_attention_for_cpu", "", query, key,
+                                                  value, 0.0, is_causal_, OptionalTensor(), given_scale_);
+      output_ = std::move(output);
+      weights_ = std::move(logarithm);
+      outputs[0] = output_.borrow();
+      return;
+    }
+    scale_ = static_cast<T>(given_scale_ ? *given_scale_ : 1 / std::sqrt(static_cast<double>(sizes.back())));
+    const Tensor scores = combined<T>(BinaryKind::mul, stock("aten::matmul", "", query, turned(key)), scale_, false);
+    if (is_causal_) hide_later_keys(scores);
+    weights_ = stock("aten::_softmax", "", scores, int64_t{-1}, false);
+    if (drops_ != 0) {
+      scales_ = new_like<T>(weights_);
+      draw_scales<T>(drops_, scales_);
+      dropped_ = combined<T>(BinaryKind::mul, weights_, scales_);
+    }
+    outputs[0] = stock("aten::matmul", "", dropped(), value);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor &query = this->given[0], &key = this->given[1], &value = this->given[2], &gradient = gradients[0];
+    if (by_blocks_) {
+      std::array<Tensor, 3> all =
+          stock_results<3>("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", gradient, query, key,
+                           value, output_, weights_, 0.0, is_causal_, OptionalTensor(), given_scale_);
+      for (size_t i = 0; i < 3; ++i) {
+        if (wanted[i]) results[i] = {std::move(all[i]), nullptr, true};
+      }
+      return;
+    }
+    const auto product = [](const Tensor& a, const Tensor& b) { return stock("aten::matmul", "", a, b); };
+    Tensor of_weights = product(gradient, turned(value));
+    if (drops_ != 0) of_weights = combined<T>(BinaryKind::mul, of_weights, scales_);
+    const Tensor of_products =
+        stock("aten::_softmax_backward_data", "", of_weights, weights_, int64_t{-1}, kDtypeOf<T>);
+    const Tensor of_scores = combined<T>(BinaryKind::mul, of_products, scale_, false);
+    if (wanted[0]) results[0] = {product(of_scores, key), nullptr, true};
+    if (wanted[1]) results[1] = {product(turned(of_scores), query), nullptr, true};
+    if (wanted[2]) results[2] = {product(turned(dropped()), gradient), nullptr, true};
+  }
+  Tensor drawn() const override { return scales_; }
+  void release() override { output_ = weights_ = scales_ = dropped_ = Tensor(); }
+  void forget() override { release(); }
+
+ private:
+  static Tensor turned(const Tensor& tensor) {
+    return stock("aten::transpose", "int", tensor, int64_t{-2}, int64_t{-1});
+  }
+  const Tensor& dropped() const { return drops_ != 0 ? dropped_ : weights_; }
+  // A query sees the keys up to its own place.
+  static void hide_later_keys(const Tensor& scores) {
+    const int64_t queries = scores.size(-2), keys = scores.size(-1);
+    if (keys == 0) return;
+    T* const to = mutable_data<T>(scores);
+    for (int64_t row = 0; row < scores.numel() / keys; ++row) {
+      const int64_t seen = std::min(keys, row % queries + 1);
+      std::fill(to + row * keys + seen, to + (row + 1) * keys, -std::numeric_limits<T>::infinity());
+    }
+  }
+
+  bool is_causal_;
+  std::optional<double> given_scale_;
+  double drops_;
+  bool by_blocks_ = false;
+  T scale_ = 1;
+  Tensor output_;   // block by block
+  Tensor weights_;  // of the keys; block by block, what torch keeps of them
+  Tensor scales_, dropped_;
 };
 
 }  // namespace fastnn

@@ -53,6 +53,8 @@ using ReshapeTraining = ViewTraining<T, ReshapeLayer>;
 template <class T>
 using FlattenTraining = ViewTraining<T, FlattenLayer>;
 template <class T>
+using UnflattenTraining = ViewTraining<T, UnflattenLayer>;
+template <class T>
 using SqueezeTraining = ViewTraining<T, SqueezeLayer>;
 template <class T>
 using UnsqueezeTraining = ViewTraining<T, UnsqueezeLayer>;
@@ -154,25 +156,24 @@ class SelectTraining : public UnaryTraining<T> {
 };
 
 template <class T>
-class SliceTraining : public UnaryTraining<T> {
+class SliceTraining : public SizedTraining<T, SliceLayer> {
  public:
-  explicit SliceTraining(const ProgramLine& line) : UnaryTraining<T>(line) {
-    constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-    dim_ = line.integer("dim", -16, 15);
-    start_ = line.integer("start", -kMost, kMost);
-    stop_ = line.integer("stop", -kMost, kMost);
-    step_ = line.integer("step", 1, kMost);
-  }
+  using SizedTraining<T, SliceLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    outputs[0] = stock("aten::slice", "Tensor", this->input(), dim_, std::optional<int64_t>(start_),
-                       std::optional<int64_t>(stop_), step_);
+    const SliceLayer<T>& layer = this->layer_;
+    stop_ = layer.stop(this->site());
+    outputs[0] = stock("aten::slice", "Tensor", this->given[0], layer.dim(), std::optional<int64_t>(layer.start()),
+                       std::optional<int64_t>(stop_), layer.step());
   }
-  Tensor gradient_of(const Tensor& gradient) override {
-    return stock("aten::slice_backward", "", gradient, sizes_of(this->input()), dim_, start_, stop_, step_);
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const SliceLayer<T>& layer = this->layer_;
+    if (!wanted[0]) return;
+    results[0].tensor = stock("aten::slice_backward", "", gradients[0], sizes_of(this->given[0]), layer.dim(),
+                              layer.start(), stop_, layer.step());
   }
 
  private:
-  int64_t dim_, start_, stop_, step_;
+  int64_t stop_ = 0;
 };
 
 template <class T>

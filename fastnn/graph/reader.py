@@ -1,0 +1,421 @@
+"""Reads a fused graph as the lines of a network, in training and in inference. What each function, method or module is
+among a network's layers, the rows say that ``fused_layers.py`` and ``attention_layers.py`` register here.
+
+A row gets the reader, the node and the node's arguments as torch's function has them, and adds lines; or it raises
+NotANetworkError, and torch runs the node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastnn.graph.guard import Guard
+from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
+from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.network_program import Line, Value
+from fastnn.nn._hooks import has_own_call, layer_forward
+from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
+
+
+class NotANetworkError(Exception):
+    """Why a node cannot be a layer of a network, or a model cannot be one network."""
+
+
+def has_side_effects(line: Line) -> bool:
+    """Whether a line does more than give its results: it draws random numbers, or changes statistics."""
+    if line.layer == "batch_norm":
+        return bool(line.attributes["trains"])
+    return line.layer in ("dropout", "noise") or bool(line.attributes.get("dropout"))
+
+
+def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
+    """Removes the lines whose results nobody takes. Lines that draw random numbers or change statistics stay."""
+    needed, kept = set(results), []
+    for line in reversed(lines):
+        if has_side_effects(line) or any(value in needed for value in line.outputs):
+            needed.update(line.taken())
+            kept.append(line)
+    return kept[::-1]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that follows from the sizes of values."""
+
+    dimensions: tuple[tuple[Value, int], ...]
+    factor: int = 1
+    divisor: int = 1
+
+
+class Reader:
+    """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
+    several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor;
+    `tails`: of a node that gives its last sizes, the tensor and the first of these dimensions.
+    takes_computed: whether parameters may be computed, as weight_norm computes them; `computed` has their names."""
+
+    def __init__(
+        self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node], takes_computed: bool = False
+    ) -> None:
+        self.modules, self.order, self._takes_computed = modules, order, takes_computed
+        self.computed: dict[Value, str] = {}
+        self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
+        self.given = list(self.values.values())
+        self.integers: set[Value] = set()  # inputs of integers, which embeddings take
+        self.floats: set[Value] = set()  # values that must hold floating-point numbers
+        # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
+        self.columns: dict[Node, tuple[Value, int, int]] = {}
+        # Of a node that is the numbers from 0 up to a size: the size, and whether it has a dimension of one in front.
+        self.ranges: dict[Node, tuple[Any, bool]] = {}
+        # Of a node that is many times one number: the inputs and attributes of its line, which each use makes anew.
+        self.constants: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
+        self.parts: dict[Node, Any] = {}
+        self.shapes: dict[Node, Value] = {}
+        self.tails: dict[Node, tuple[Value, int]] = {}
+        # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
+        self.sizes: dict[Node, Size] = {}
+        self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
+        self.done: set[Node] = set()  # nodes that were read with one before
+        self.lines: list[Line] = []
+        self.sources: list[tuple[Any, Any]] = []
+        self.guard = Guard()
+        self.counters: list[tuple[Any, str]] = []
+        self.draws = False
+        self._weights: dict[int, Value] = {}  # by the tensor's id
+
+    def read(self, node: Node) -> None:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            holder = self.modules[owner]
+            held = holder._parameters if name in holder._parameters else holder._buffers
+            if name in held:
+                self.tensors[node] = (held, name)
+            else:
+                self.values[node] = self._computed(self.modules[owner], name)
+            return
+        if not node.users and node not in self.order.writes:  # nobody sees what it gives
+            return
+        self._check_in_place(node)
+        args: tuple[Any, ...] = node.args
+        kwargs = dict(node.kwargs)
+        if "input" in kwargs and node.op == "call_function":
+            args = (kwargs.pop("input"), *args)
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        try:
+            if self._read_known_layer(node):
+                return
+            reads: Any = None
+            if module is not None:
+                if not has_own_call(module) and not why_not_read(module):
+                    reads = MODULE_ROWS.get(layer_forward(module))
+                if reads is None:
+                    reads = next((one for kind, one in ROWS_OF_CLASSES.items() if isinstance(module, kind)), None)
+                args = (module, *args)
+            else:
+                reads = ROWS.get(node.target)
+            if reads is None:
+                if module is not None and is_parametrized(module):
+                    raise NotANetworkError(f"a parameter of '{node.target}' is computed from something else")
+                raise NotANetworkError(f"{name_of(node, self.modules)} is no layer of a network")
+            reads(self, node, *args, **kwargs)
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise NotANetworkError(f"{name_of(node, self.modules)} has arguments that a step does not know") from error
+
+    def _check_in_place(self, node: Node) -> None:
+        """A change of a tensor in place is read as a new tensor, where nothing else takes the old one."""
+        if node.op == "call_module":
+            writes = bool(getattr(self.modules[str(node.target)], "inplace", False))
+            changed: Any = node.args[0] if node.args else None
+        else:
+            name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+            writes = name.endswith("_") and not name.endswith("__")
+            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
+            changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
+        if not writes:
+            return
+        if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
+            raise NotANetworkError(f"{name_of(node, self.modules)} changes a tensor that others see")
+        made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
+        if (
+            made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"
+        ):  # stock's backward raises
+            raise NotANetworkError(f"{name_of(node, self.modules)} changes a tensor that backward may need")
+
+    # ---- values -----------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Value:
+        """The value that a node is: computed, an input, or a tensor of the model."""
+        if isinstance(node, Node):
+            known = self.values.get(node)
+            if known is not None:
+                return known
+            if node in self.tensors:
+                return self.tensor_of_model(*self.tensors[node])
+            if node in self.constants:
+                inputs, attributes = self.constants[node]
+                return self.add(None, "full", inputs, **attributes)
+        raise NotANetworkError(f"{getattr(node, 'name', 'something')} is computed from something else")
+
+    def data(self, node: Any) -> Value:
+        """The value that a node is, which must hold floating-point numbers."""
+        value = self.value(node)
+        if value in self.integers:
+            raise NotANetworkError("an input of integers goes to more than embeddings")
+        self.floats.add(value)
+        return value
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the model's parameters; None where it has none of floating point."""
+        held = (one for module in self.modules.values() for one in module._parameters.values())
+        return next((one.dtype for one in held if one is not None and one.is_floating_point()), None)
+
+    def tensor_of_model(self, container: Any, name: Any) -> Value:
+        if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
+            raise NotANetworkError("a tensor is held by something that is no module")
+        tensor = container[name]
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise NotANetworkError(f"a tensor of the model is a {type(tensor).__name__}")
+        if not any(own is container and other == name for own, other in self.sources):
+            self.sources.append((container, name))
+        known = self._weights.get(id(tensor))
+        if known is None:
+            known = self._weights[id(tensor)] = Value(tensor.shape, tensor)
+        return known
+
+    def own(self, module: nn.Module, name: str) -> list[Value]:
+        """A module's tensor of this name; nothing where it has none."""
+        if is_parametrized(module, name):
+            return [self._computed(module, name)]
+        for held in (module._parameters, module._buffers):
+            if name in held:
+                return [] if held[name] is None else [self.tensor_of_model(held, name)]
+        if getattr(module, name, None) is not None:
+            raise NotANetworkError(f"a {type(module).__name__}'s {name} is computed from something else")
+        return []
+
+    def _computed(self, module: nn.Module, name: str) -> Value:
+        if not self._takes_computed or not is_parametrized(module, name) or not computes_only(module):
+            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        path = next(path for path, one in self.modules.items() if one is module)
+        target = f"{path}.{name}" if path else name
+        known = next((value for value, other in self.computed.items() if other == target), None)
+        if known is None:
+            known = Value(())
+            self.computed[known] = target
+        return known
+
+    def optional(self, node: Any) -> list[Value]:
+        return [] if node is None else [self.value(node)]
+
+    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
+        """Adds a line of one result, which is the node's -> the result."""
+        result = Value(())
+        self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
+        if node is not None:
+            self.values[node] = result
+        return result
+
+    def note(self, module: nn.Module, *names: str) -> None:
+        """Notes in the guard that the program depends on the module and on these attributes of it."""
+        self.guard.note_layer(module)
+        self.guard.note_settings(module, names)
+
+    def note_log_softmax(self, node: Node) -> None:
+        if node.op == "call_module":
+            self.note(self.modules[str(node.target)], "dim")
+
+    # ---- layers that the matcher knows ------------------------------------------------------------------------------
+
+    def _read_known_layer(self, node: Node) -> bool:
+        layer = read_layer(node, self.modules)
+        if layer is None:
+            return False
+        if layer.kind not in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "dropout", "identity"):
+            if (alone := activation_of(layer)) is not None:
+                self._note_settings(layer)
+                self.add(node, "activation", {"input": [self.data(layer.input)]}, activation=str(alone))
+                return True
+            if not layer.kind.startswith("max_pool"):
+                return False
+        self._note_settings(layer)
+        if layer.kind == "identity" or (layer.kind == "dropout" and not layer.settings["training"]):
+            self.values[node] = self.data(layer.input)
+            return True
+        if layer.kind == "dropout":
+            kind = nn.Dropout if layer.module is None else type(layer.module)
+            if kind not in _DROPOUTS:
+                raise NotANetworkError(f"{kind.__name__} drops more than single elements")
+            self.dropout(node, self.data(layer.input), layer.settings["p"], _DROPOUTS[kind])
+            return True
+        inputs = {"input": [self.data(layer.input)], **{n: self._tensor(layer, n) for n in ("weight", "bias")}}
+        if layer.kind == "linear":
+            self.add(node, "linear", inputs)
+        elif layer.kind == "batch_norm":
+            self._add_norm_alone(node, layer, inputs)
+        elif layer.kind.startswith("conv"):
+            self._add_convolution(node, layer, inputs)
+        else:
+            self._add_max_pool(node, layer, inputs["input"])
+        return True
+
+    def _add_convolution(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
+        settings = layer.settings
+        if settings.get("padding_mode", "zeros") != "zeros":
+            raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {settings['padding_mode']}")
+        stride, dilation = (each_dimension(settings[name], layer.dims) for name in ("stride", "dilation"))
+        padding = settings["padding"]
+        if isinstance(padding, str) and layer.module is None:  # no guard notes the kernel's size
+            raise NotANetworkError(f"{layer.name}'s padding is {padding!r}")
+        inputs["input"], padding = self.padded(inputs["input"][0], padding, inputs["weight"][0], stride, dilation)
+        self.add(node, "conv", inputs, stride=stride, padding=padding, dilation=dilation, groups=settings["groups"])
+
+    def padded(
+        self, value: Value, padding: Any, weight: Value, stride: Sequence[int], dilation: Sequence[int]
+    ) -> tuple[list[Value], list[int]]:
+        """A convolution's input and padding. Where "same" pads unevenly, the input has one more row behind it."""
+        dims = len(stride)
+        if not isinstance(padding, str):
+            return [value], each_dimension(padding, dims)
+        if padding not in ("same", "valid") or len(weight.sizes) != dims + 2 or (padding == "same" and max(stride) > 1):
+            raise NotANetworkError(f"a convolution's padding is {padding!r}")
+        if padding == "valid":
+            return [value], [0] * dims
+        both, ends = same_padding(weight.sizes[2:], dilation)
+        if any(ends):
+            value = self.add(None, "pad", {"input": [value]}, padding=pad_of_ends(ends), value=0.0)
+        return [value], both
+
+    def _note_settings(self, layer: Layer) -> None:
+        if layer.module is not None:
+            self.note(layer.module, *settings_of(layer.module))
+
+    def _tensor(self, layer: Layer, name: str) -> list[Value]:
+        if name not in layer.tensors:
+            return []
+        if layer.module is not None:
+            return self.own(layer.module, name)
+        return [self.value(layer.tensors[name])]
+
+    def dropout(self, node: Node, value: Value, p: float, channels_of: int = 0) -> None:
+        """channels_of: how many dimensions the images have whose channels are dropped as a whole."""
+        if not p:
+            self.values[node] = value
+            return
+        self.add(node, "dropout", {"input": [value]}, p=float(p), channels_of=channels_of)
+        self.draws = True
+
+    def _add_max_pool(self, node: Node, layer: Layer, input: list[Value]) -> None:
+        s = layer.settings
+        if s["return_indices"]:
+            raise NotANetworkError(f"{layer.name} returns indices")
+        kernel, padding, dilation = (
+            each_dimension(s[name], layer.dims) for name in ("kernel_size", "padding", "dilation")
+        )
+        stride = kernel if s["stride"] in (None, (), []) else each_dimension(s["stride"], layer.dims)
+        self.add(
+            node, "max_pool", {"input": input}, kernel=kernel, stride=stride, padding=padding, dilation=dilation,
+            ceil_mode=bool(s["ceil_mode"]),
+        )  # fmt: skip
+
+    def _add_norm_alone(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
+        """Adds a batch norm that no ReLU and max-pool follow."""
+        module: Any = layer.module
+        if module is None:
+            raise NotANetworkError("a batch norm is called as a function")
+        settings = layer.settings
+        running = {"mean": self.own(module, "running_mean"), "variance": self.own(module, "running_var")}
+        trains = bool(settings["training"]) or not running["mean"]
+        tracked = bool(settings["track_running_stats"])
+        if trains and not tracked:
+            running = {}
+        if trains and running.get("mean") and settings["momentum"] is None:
+            raise NotANetworkError(f"{layer.name} keeps a cumulative average")
+        dims = next(d for d in (1, 2, 3) if isinstance(module, getattr(nn, f"BatchNorm{d}d")))
+        self.add(
+            node, "batch_norm", {**inputs, **running}, dims=dims, trains=trains,
+            momentum=float(settings["momentum"] or 0.0), epsilon=float(settings["eps"]),
+        )  # fmt: skip
+        if settings["training"] and tracked and module.num_batches_tracked is not None:
+            self.counters.append((module._buffers, "num_batches_tracked"))
+
+
+_DROPOUTS: dict[type, int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
+
+
+def each_dimension(numbers: Any, dims: int) -> list[int]:
+    given = [numbers] * dims if isinstance(numbers, int) else list(numbers)
+    if len(given) != dims or not all(type(one) is int for one in given):
+        raise NotANetworkError("a layer has settings that are not as many numbers as dimensions")
+    return given
+
+
+def only_first_is_taken(node: Node) -> bool:
+    """Whether only the first of a node's results is read."""
+    return all(
+        not user.users
+        or (user.target is operator.getitem and user.args[1] == 0)
+        or (user.target is getattr and user.args[1] == "values")
+        or (user.target is unpack and only_first_is_taken(user))
+        for user in node.users
+    )
+
+
+def name_of(node: Node, modules: dict[str, nn.Module]) -> str:
+    """What the node does, in the words of a user."""
+    if node.op == "call_module":
+        return f"{type(modules[str(node.target)]).__name__} '{node.target}'"
+    if node.target is operator.getitem:
+        return "an index"
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+ROWS: dict[Any, Callable[..., None]] = {}
+MODULE_ROWS: dict[Any, Callable[..., None]] = {}  # by the class's forward
+ROWS_OF_CLASSES: dict[type, Callable[..., None]] = {}  # of other modules, by a class above theirs
+# Layers whose results stock does not save for backward, so that they may be changed in place.
+_NOT_SAVED = frozenset(
+    {
+        *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
+        *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp"),
+        "repeat",
+    }
+)
+
+
+def row(*targets: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a row for functions, and for methods by their names."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        ROWS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def module_row(*kinds: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a row for modules, which gets the module before the call's own arguments."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        MODULE_ROWS.update({kind.forward: function for kind in kinds})
+        return function
+
+    return register
+
+
+def row_of_class(kind: type[nn.Module]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a row for the modules of a class, and of those below it, that have no row of their own."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        ROWS_OF_CLASSES[kind] = function
+        return function
+
+    return register
