@@ -97,6 +97,7 @@ MODELS: dict[str, Row] = {
     "BatchNorm2d, ReLU, MaxPool2d": _chain(_IMAGES, _NORM, nn.ReLU, _POOL),
     "Conv2d alone": _chain(_IMAGES, _conv()),
     "Conv2d, GELU": _chain(_IMAGES, _conv(), nn.GELU),
+    "Conv2d, PReLU": _chain(_IMAGES, _conv(), nn.PReLU),
     "Conv2d with reflect padding, ReLU": _chain(_IMAGES, _conv(padding=1, padding_mode="reflect"), nn.ReLU),
     "Conv2d with weight_norm, ReLU": _chain(_IMAGES, lambda: parametrizations.weight_norm(_conv()()), nn.ReLU),
     "Conv2d, ReLU, AvgPool2d": _chain(_IMAGES, _conv(), nn.ReLU, lambda: nn.AvgPool2d(2)),
@@ -122,6 +123,9 @@ MODELS: dict[str, Row] = {
     "GRUCell in a loop": Row(lambda: Loop(nn.GRUCell(6, 8)), _SEQUENCES),
     "LSTMCell in a loop": Row(lambda: Loop(nn.LSTMCell(6, 8)), _SEQUENCES),
     "MultiheadAttention": Row(Attention, _SEQUENCES),
+    "TransformerEncoderLayer, Linear": _chain(
+        _SEQUENCES, lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), _linear(6, 2)
+    ),
 }
 
 # ---- and what becomes of a model ------------------------------------------------------------------------------------

@@ -621,12 +621,12 @@ def training_step(
     operator, or by the optimizer where that operator has no such optimizer. ``step.explain()`` says which, and why.
 
     Models allow it that consist of layers which a network has, in float32 and float64 on the CPU: convolutions,
-    transposed ones too, batch, layer, group and instance norms, linear and recurrent layers and cells with states,
-    embeddings, activations, pools, Dropout, arithmetic, products, softmax, means, sums and maxima, constants, and what
-    moves elements (views, slices, concatenations, repetitions, pixel shuffles); with branches and skips, shared layers,
-    several inputs and several results, of which the loss is then the caller's own. State and learning rates stay in the
-    optimizer, so that going back to ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers
-    and checkpoints.
+    transposed ones too, batch, layer, group, instance and RMS norms, linear and recurrent layers and cells with states,
+    embeddings, activations, pools, dropouts, attention without a mask or with that of the past, arithmetic, products,
+    softmax, means, sums and maxima, constants, and what moves elements (views, slices, concatenations, repetitions,
+    pixel shuffles, enlarged images); with branches and skips, shared layers, several inputs and several results, of
+    which the loss is then the caller's own. State and learning rates stay in the optimizer, so that going back to
+    ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).

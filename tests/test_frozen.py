@@ -1303,6 +1303,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "movedim back": lambda x: x.movedim(-1, 1),
     "mT": lambda x: x.mT,
     "narrow": lambda x: x.narrow(1, 1, 3),
+    "narrow, to the end": lambda x: x.narrow(1, -2, 2),
     "larger": lambda x: torch.nn.functional.interpolate(x, size=9),
     "smaller": lambda x: torch.nn.functional.interpolate(x, size=3, mode="linear"),
     "rms": lambda x: torch.nn.functional.rms_norm(x, (6,), eps=0.1),
@@ -1331,6 +1332,41 @@ def test_moves(name: str, slopes: int) -> None:
     for batch in (3, 1, 4):
         x = torch.randn(batch, 5, 6, dtype=torch.float64)
         assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+class Places(nn.Module):
+    """Numbers in a row, for an embedding and as a result."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean, self.fc, self.words = mean, nn.Linear(8, 8), nn.Embedding(7, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.words(torch.arange(x.size(1)))
+        return self.fc(x) + (y.mean(0) if self.mean else y), torch.arange(5)
+
+
+@torch.no_grad()
+def test_numbers_in_a_row() -> None:
+    for mean in (False, True):
+        model = Places(mean).eval()
+        frozen = fastnn.freeze(model, torch.randn(3, 4, 8))
+        for _ in range(2):
+            x = torch.randn(2, 4, 8)
+            found = frozen(x)
+            assert_close(found, model(x))
+            found[1].zero_()  # a new tensor at each call
+        for run in (model, frozen):
+            with pytest.raises((IndexError, RuntimeError)):
+                run(torch.randn(2, 9, 8))
+
+
+@torch.no_grad()
+def test_a_slope_that_is_not_finite() -> None:
+    for slope in (torch.inf, torch.nan):
+        model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(init=slope)).eval()
+        x = torch.randn(3, 4)
+        assert_close(fastnn.freeze(model, x)(x), model(x), equal_nan=True)
 
 
 @torch.no_grad()

@@ -546,6 +546,68 @@ def test_results_that_no_network_has(passes: set[int]) -> None:
         assert_close(fused(x), stock(x))
 
 
+def _largest_whole(m: Any, x: Tensor) -> Any:
+    return m.fc(torch.relu(m.body(x))).max(1)
+
+
+def _heads_whole(m: Any, x: Tensor) -> Any:
+    y = torch.relu(m.body(x))
+    return {"both": m.heads(y, y, y), "sum": m.fc(y)}
+
+
+@pytest.mark.parametrize("forward", [_largest_whole, _heads_whole])
+def test_pairs_that_are_returned_whole(forward: Callable[..., Any], passes: set[int]) -> None:
+    layers = {"heads": nn.MultiheadAttention(6, 2, batch_first=True)} if forward is _heads_whole else {}
+    stock, fused = _pair(lambda: By(forward, body=nn.Linear(6, 6), fc=nn.Linear(6, 6), **layers))
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-8)
+    with torch.no_grad():
+        assert_close(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("form", ["shape[2:]", "sizes", "shape[-2:]"])
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.avg_pool2d])
+def test_pools_of_images_without_a_batch(pool: Callable[..., Any], form: str) -> None:
+    """`x.shape[2:]` of (channels, height, width) is one number, the sides of windows."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.b(torch.relu(m.a(x)))
+        if form == "sizes":
+            return pool(y, (y.size(2), y.size(3)))
+        return pool(y, y.shape[2:] if form == "shape[2:]" else y.shape[-2:])
+
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
+    for sizes in ((2, 3, 4, 8), (2, 16, 8), (2, 1, 2, 4, 8), (4, 8)):
+        x = torch.randn(sizes, dtype=torch.float64)
+        for context in (torch.no_grad(), torch.enable_grad()):
+            with context:
+                try:
+                    expected = stock(x)
+                except (RuntimeError, IndexError):
+                    with pytest.raises((RuntimeError, IndexError)):
+                        fused(x)
+                else:
+                    assert_close(fused(x), expected)
+
+
+def test_a_norm_whose_epsilon_follows_from_the_dtype() -> None:
+    stock, fused = _pair(
+        lambda: By(lambda m, x: m.norm(x) + m.fc(x), norm=nn.RMSNorm(8), fc=nn.Linear(8, 8)), torch.float32
+    )
+    x = 1e-4 * torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            assert_close(fused.to(dtype)(x.to(dtype)), stock.to(dtype)(x.to(dtype)))
+
+
+@torch.no_grad()
+def test_a_norm_of_another_size() -> None:
+    for norm in (nn.RMSNorm(4, 1e-6, elementwise_affine=False), nn.RMSNorm(1)):
+        _, fused = _pair(lambda norm=norm: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), norm, nn.Linear(8, 8)))
+        with pytest.raises(RuntimeError):
+            fused(torch.randn(3, 8, dtype=torch.float64))
+
+
 def test_few_stock_layers_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     _, fused = _pair(lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))

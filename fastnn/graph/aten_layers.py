@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class NotALayerError(Exception):
     """Why a node is no layer of a network."""
 
 
-_RANGES = (_aten.arange.default, _aten.arange.start)
+RANGES = (_aten.arange.default, _aten.arange.start)
 
 
 class Reader:
@@ -92,7 +92,7 @@ class Reader:
 
     def _is_range(self, node: Node) -> bool:
         """Notes torch.arange of a size, and what puts dimensions of one in front of it."""
-        is_first = node.target in _RANGES and (len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0))
+        is_first = node.target in RANGES and (len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0))
         if not is_first and not (_puts_one_in_front(node) and node.args[0] in self.ranges):
             return False
         if not all(user.target is _aten.embedding.default or _puts_one_in_front(user) for user in node.users):
@@ -216,13 +216,16 @@ class Reader:
             return value
         return self.add("permute", {"input": [value]}, [value.sizes[d] for d in dims], dims=list(dims))
 
-    def slice(self, value: Value, dim: int, start: Any, stop: Any, step: Any, sizes: Sequence[Any]) -> Value:
+    def slice(
+        self, value: Value, dim: int, start: Any, stop: Any, step: Any, sizes: Sequence[Any], **attributes: Any
+    ) -> Value:
         if start == 0 and step == 1 and not isinstance(stop, int):
             written, like = self.whole_sizes([sizes[dim]])
-            return self.add("slice", {"input": [value], "like": like}, sizes, dim=dim, start=0, sizes=written)
+            inputs = {"input": [value], "like": like}
+            return self.add("slice", inputs, sizes, dim=dim, start=0, sizes=written, **attributes)
         if not all(isinstance(one, int) for one in (start, stop, step)):
             raise NotALayerError("takes a part whose place depends on the input's sizes")
-        return self.add("slice", {"input": [value]}, sizes, dim=dim, start=start, stop=stop, step=step)
+        return self.add("slice", {"input": [value]}, sizes, dim=dim, start=start, stop=stop, step=step, **attributes)
 
     def activate(self, value: Value, text: str) -> Value:
         return value if text == "identity" else self.add("activation", {"input": [value]}, value.sizes, activation=text)
@@ -348,7 +351,7 @@ def _embedding(read: Reader, node: Node, weight: Any, numbers: Any, *rest: Any) 
     column: dict[str, Any] = {}
     if numbers in read.ranges:  # the first rows of the table
         sizes = _sizes(node)
-        rows = read.slice(read.value(weight), 0, 0, _sizes(numbers)[-1], 1, sizes[-2:])
+        rows = read.slice(read.value(weight), 0, 0, _sizes(numbers)[-1], 1, sizes[-2:], fits=True)
         return read.finish(node, read.reshape(rows, sizes))
     if numbers in read.columns:
         numbers, dim, index = read.columns[numbers]
@@ -648,6 +651,8 @@ def _rms_norm(
     value = read.data(x)
     if len(normalized_shape) != 1:
         raise NotALayerError("normalizes several dimensions")
+    if not _same(value.sizes[-1:], normalized_shape):
+        raise NotALayerError("normalizes a dimension of another size")
     epsilon = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
     squares = read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul")
     mean = read.add("mean", {"input": [squares]}, (*value.sizes[:-1], 1), dims=[-1], keepdim=True)
@@ -662,8 +667,8 @@ def _rms_norm(
 @_row(_aten.prelu.default)
 def _prelu(read: Reader, node: Node, x: Any, weight: Any) -> None:
     value, slope = read.data(x), read.value(weight)
-    if slope.tensor is not None and slope.tensor.numel() == 1:
-        return read.finish(node, read.activate(value, f"leaky_relu({float(slope.tensor)!r})"))
+    if slope.tensor is not None and slope.tensor.numel() == 1 and isfinite(number := float(slope.tensor)):
+        return read.finish(node, read.activate(value, f"leaky_relu({number!r})"))
     read.finish(node, read.add("prelu", {"input": [value], "weight": [slope]}, value.sizes))
 
 
@@ -945,7 +950,8 @@ def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, en
 
 @_row(_aten.narrow.default)
 def _narrow(read: Reader, node: Node, x: Any, dim: int, start: Any, length: Any) -> None:
-    _slice(read, node, x, dim, start, start + length)
+    stop = start + length
+    _slice(read, node, x, dim, start, _END if start < 0 and stop == 0 else stop)
 
 
 @_row(_aten.select.int)

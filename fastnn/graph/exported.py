@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from fastnn._torch import OpOverload, pytree
-from fastnn.graph.aten_layers import ANCHORS, NotALayerError, Reader
+from fastnn.graph.aten_layers import ANCHORS, RANGES, NotALayerError, Reader
 from fastnn.graph.rewriting import rewrite
 from fastnn.network_program import Line, Value, write
 
@@ -157,7 +157,7 @@ def _split(
         depends_on = [one for one in node.all_input_nodes if one.name not in constants]
         before = max((levels.get(one, 0) for one in depends_on), default=0)
         try:
-            if not depends_on:
+            if not depends_on and node.target not in RANGES:
                 raise NotALayerError("does not depend on the input")
             found = reader.read(node)
         except NotALayerError as reason:
@@ -291,9 +291,7 @@ def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
     by_node = {node: constants[node.name] for node in graph.nodes if node.name in constants}
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op != "call_function" or not all(one in by_node for one in inputs):
-            continue
-        if not inputs and node.target not in (_aten.arange.default, _aten.arange.start):
+        if node.op != "call_function" or not inputs or not all(one in by_node for one in inputs):
             continue
         if not isinstance(node.target, OpOverload) or _draws(node):
             continue

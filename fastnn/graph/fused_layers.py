@@ -588,24 +588,36 @@ def _layer_norm(
 
 @row(F.rms_norm, torch.rms_norm)
 def _rms_norm(read: Reader, node: Node, x: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None:
+    if eps is None:
+        raise NotANetworkError("an RMS norm's epsilon follows from the dtype")
     _add_rms_norm(read, node, x, normalized_shape, read.optional(weight), eps)
 
 
 @module_row(nn.RMSNorm)
 def _rms_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
-    _add_rms_norm(read, node, x, module.normalized_shape, read.own(module, "weight"), module.eps)
+    weight, eps = read.own(module, "weight"), module.eps
+    if eps is None:
+        if not weight or weight[0].tensor is None:
+            raise NotANetworkError("an RMS norm's epsilon follows from the dtype")
+        eps = _epsilon_of(module)
+        read.guard.note_call(_epsilon_of, (module,), eps)
+    _add_rms_norm(read, node, x, module.normalized_shape, weight, eps)
     read.note(module, "normalized_shape", "eps")
 
 
-def _add_rms_norm(read: Reader, node: Node, x: Any, sizes: Sequence[int], weight: list[Value], eps: Any) -> None:
-    dtype = read.dtype()
-    if len(sizes) != 1 or dtype is None:
-        raise NotANetworkError("an RMS norm is over several dimensions, or of a model without parameters")
-    epsilon = torch.finfo(dtype).eps if eps is None else float(eps)
-    value = read.data(x)
+def _epsilon_of(module: nn.RMSNorm) -> float:
+    """The epsilon of a norm that has none of its own."""
+    return torch.finfo(module.weight.dtype).eps
+
+
+def _add_rms_norm(read: Reader, node: Node, x: Any, sizes: Sequence[int], weight: list[Value], eps: float) -> None:
+    if len(sizes) != 1:
+        raise NotANetworkError("an RMS norm is over several dimensions")
+    # (The dimension becomes one of the norm's size: it must have this size.)
+    value = read.add(None, "unflatten", {"input": [read.data(x)]}, dim=-1, sizes=list(sizes))
     squares = read.add(None, "binary", {"input": [value], "other": [value]}, function="mul")
     mean = read.add(None, "mean", {"input": [squares]}, dims=[-1], keepdim=True)
-    mean = read.add(None, "binary", {"input": [mean]}, function="add", number=epsilon)
+    mean = read.add(None, "binary", {"input": [mean]}, function="add", number=float(eps))
     factor = read.add(None, "unary", {"input": [mean]}, function="rsqrt")
     value = read.add(None, "binary", {"input": [value], "other": [factor]}, function="mul")
     if weight:
@@ -658,13 +670,14 @@ def _add_avg_pool(
 ) -> None:  # fmt: skip
     if ceil_mode or divisor is not None:
         raise NotANetworkError("an average pool has ceil_mode or a divisor of its own")
-    if _is_whole_image(read, read.data(x), dims, kernel, stride, padding):
-        read.add(node, "mean", {"input": [read.data(x)]}, dims=list(range(-dims, 0)), keepdim=True)
+    value = read.data(x)
+    if _is_whole_image(read, value, dims, kernel, stride, padding):
+        read.add(node, "mean", {"input": [value]}, dims=list(range(-dims, 0)), keepdim=True, rank=dims + 2)
         return
     size = each_dimension(kernel, dims)
     steps = size if stride in (None, (), []) else each_dimension(stride, dims)
     read.add(
-        node, "avg_pool", {"input": [read.data(x)]}, kernel=size, stride=steps, padding=each_dimension(padding, dims),
+        node, "avg_pool", {"input": [value]}, kernel=size, stride=steps, padding=each_dimension(padding, dims),
         count_include_pad=bool(counts_padding),
     )  # fmt: skip
 
@@ -682,20 +695,19 @@ def _max_pool_of_computed_size(
     value = read.data(x)
     if return_indices or dilation != 1 or not _is_whole_image(read, value, dims, kernel_size, stride, padding):
         raise NotANetworkError("a max-pool's settings depend on the input's sizes")
-    read.values[node] = _largest(read, value, dims)
+    read.values[node] = _largest(read, value, dims, is_batch=True)
 
 
 def _is_whole_image(read: Reader, value: Value, dims: int, kernel: Any, stride: Any, padding: Any) -> bool:
-    """Whether a pool has one window, of the image's own sizes: `F.max_pool2d(x, x.shape[2:])`."""
+    """Whether a pool has one window, of the image's own sizes: `F.max_pool2d(x, x.shape[2:])`. That is so for images in
+    a batch; without a batch, `x.shape[2:]` means other windows, and the network must refuse them."""
     if stride not in (None, (), []) or padding not in (0, (0,) * dims, [0] * dims):
         return False
     if isinstance(kernel, Node) and kernel in read.tails:
         return read.tails[kernel] in ((value, 2), (value, -dims))
     sizes = kernel if isinstance(kernel, (tuple, list)) else [kernel]
-    own = [(Size(((value, dim - dims),)), Size(((value, 2 + dim),))) for dim in range(dims)]
-    return len(sizes) == dims and all(
-        isinstance(size, Node) and read.sizes.get(size) in both for size, both in zip(sizes, own, strict=True)
-    )
+    known = [read.sizes.get(size) if isinstance(size, Node) else None for size in sizes]
+    return any(known == [Size(((value, first + dim),)) for dim in range(dims)] for first in (2, -dims))
 
 
 @row(*(function for function, (kind, _) in _POOLS.items() if kind == "adaptive"))
@@ -848,11 +860,13 @@ def _add_adaptive_max(read: Reader, node: Node, x: Any, dims: int, sizes: Any, i
     read.values[node] = _largest(read, read.data(x), dims)
 
 
-def _largest(read: Reader, value: Value, dims: int) -> Value:
-    """The largest element of each channel. Of equal ones the first gets the gradient, as in a pool."""
+def _largest(read: Reader, value: Value, dims: int, is_batch: bool = False) -> Value:
+    """The largest element of each channel. Of equal ones the first gets the gradient, as in a pool. is_batch: whether
+    the images must be in a batch."""
     if dims > 1:
         value = read.add(None, "flatten", {"input": [value]}, start_dim=-dims)
-    value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first")
+    rank = {"rank": 3} if is_batch else {}
+    value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first", **rank)
     for _ in range(dims - 1):
         value = read.add(None, "unsqueeze", {"input": [value]}, dim=-1)
     return value

@@ -359,10 +359,13 @@ def each_dimension(numbers: Any, dims: int) -> list[int]:
 def only_first_is_taken(node: Node) -> bool:
     """Whether only the first of a node's results is read."""
     return all(
-        not user.users
-        or (user.target is operator.getitem and user.args[1] == 0)
-        or (user.target is getattr and user.args[1] == "values")
-        or (user.target is unpack and only_first_is_taken(user))
+        user.op != "output"
+        and (
+            not user.users
+            or (user.target is operator.getitem and user.args[1] == 0)
+            or (user.target is getattr and user.args[1] == "values")
+            or (user.target is unpack and only_first_is_taken(user))
+        )
         for user in node.users
     )
 

@@ -271,12 +271,20 @@ template <class T>
 class ReductionLayer : public Layer<T> {
  public:
   explicit ReductionLayer(const ProgramLine& line)
-      : line_(line), dims_(line.integers("dims", -16, 15)), keeps_(line.flag("keepdim")) {
+      : line_(line),
+        dims_(line.integers("dims", -16, 15)),
+        keeps_(line.flag("keepdim")),
+        rank_(line.integer("rank", 0, 16)) {
     this->inputs = {line.input("input")};
   }
   FormatRule formats() const override { return FormatRule::input; }
+  // `rank` is how many dimensions the input must have; 0 stands for any number.
+  static void check_rank(int64_t rank, size_t dims) {
+    FASTNN_CHECK(rank == 0 || static_cast<int64_t>(dims) == rank, "expected ", rank, " dimensions, got ", dims);
+  }
   void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
+    check_rank(rank_, sizes.size());
     const std::vector<bool> taken = which(sizes.size());
     for (size_t d = 0; d < sizes.size(); ++d) {
       if (!taken[d] || keeps_) site.outputs[0].sizes.push_back(taken[d] ? 1 : sizes[d]);
@@ -297,6 +305,7 @@ class ReductionLayer : public Layer<T> {
   ProgramLine line_;
   Ints dims_;
   bool keeps_;
+  int64_t rank_;
 };
 
 // The mean or the sum over some dimensions.
@@ -409,12 +418,13 @@ inline LayerEntry adaptive_avg_pool_entry() {
   return layer_entry<AdaptiveAverageLayer>("adaptive_avg_pool", {"input"}, {{"sizes", "ints", nullptr}});
 }
 inline LayerEntry amax_entry() {
-  return layer_entry<AmaxLayer>("amax", {"input"},
-                                {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}});
+  return layer_entry<AmaxLayer>(
+      "amax", {"input"},
+      {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}, {"rank", "int", "0"}});
 }
 inline LayerEntry mean_entry() {
-  return layer_entry<MeanLayer>("mean", {"input"},
-                                {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"sums", "bool", "0"}});
+  return layer_entry<MeanLayer>(
+      "mean", {"input"}, {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"sums", "bool", "0"}, {"rank", "int", "0"}});
 }
 
 }  // namespace fastnn

@@ -5,6 +5,7 @@
 #include "../../kernels/max_pool.h"
 #include "../layers/matmul.h"
 #include "../layers/normalize.h"
+#include "../layers/pool.h"
 #include "../layers/upsample.h"
 #include "../../ops/product.h"
 #include "images.h"
@@ -20,9 +21,11 @@ class MeanTraining : public UnaryTraining<T> {
       : UnaryTraining<T>(line),
         dims_(line.integers("dims", -16, 15)),
         keeps_(line.flag("keepdim")),
-        sums_(line.flag("sums")) {}
+        sums_(line.flag("sums")),
+        rank_(line.integer("rank", 0, 16)) {}
   void forward(Tensor* outputs) override {
     const Ints sizes = sizes_of(this->input());
+    ReductionLayer<T>::check_rank(rank_, sizes.size());
     Ints dims = dims_;
     kept_sizes_ = sizes;
     if (dims.empty()) {
@@ -46,7 +49,7 @@ class MeanTraining : public UnaryTraining<T> {
  private:
   Ints dims_, kept_sizes_;
   bool keeps_, sums_;
-  int64_t count_ = 1;
+  int64_t rank_, count_ = 1;
 };
 
 template <class T>
@@ -56,11 +59,13 @@ class AmaxTraining : public UnaryTraining<T> {
       : UnaryTraining<T>(line),
         dims_(line.integers("dims", -16, 15)),
         keeps_(line.flag("keepdim")),
-        shares_(line.text("ties") == "even") {
+        shares_(line.text("ties") == "even"),
+        rank_(line.integer("rank", 0, 16)) {
     if (!shares_ && line.text("ties") != "first") line.refuse("expected ties=even or ties=first");
     if (!shares_ && dims_.size() != 1) line.refuse("expected one dimension, of which the first element wins");
   }
   void forward(Tensor* outputs) override {
+    ReductionLayer<T>::check_rank(rank_, static_cast<size_t>(this->input().dim()));
     if (shares_) {
       outputs[0] = stock("aten::amax", "", this->input(), dims_, keeps_);
       largest_ = outputs[0].borrow();
@@ -88,6 +93,7 @@ class AmaxTraining : public UnaryTraining<T> {
  private:
   Ints dims_;
   bool keeps_, shares_;
+  int64_t rank_;
   Tensor largest_, places_;
 };
 
@@ -485,9 +491,9 @@ class MatmulTraining : public TrainingLayer<T> {
   }
 };
 
-// Attention of queries (..., queries, features) to keys and values. Where torch multiplies block by block, so do we, by
-// its own operator. Else, and with dropout, it computes the weights of all keys, and so must we, who draw the same
-// numbers.
+// Attention of queries (..., queries, features) to keys and values. Torch multiplies queries and keys block by block
+// where it can, and we call its operator. Otherwise (with dropout, and for other ranks or strides) torch computes the
+// weights of all keys at once. We do the same, so that dropout draws the same numbers.
 template <class T>
 class AttentionTraining : public TrainingLayer<T> {
  public:
