@@ -147,8 +147,9 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, l
     last one.
 
     The batch is dimension 0 of all inputs; or dimension 0 of the first and dimension 1 of some others, which may be
-    states; or dimension 1 of all, where the model has recurrent layers whose inputs have the steps first, or attention
-    of such inputs, where it is the likeliest: numbers of positions often limit the steps."""
+    states; or dimension 1 of all, where the model has layers whose inputs have the steps first. If one of these is an
+    attention, dimension 1 is tried first: a table of positions often limits the steps, and so they cannot be the
+    batch."""
     batch = leaves[0].shape[0]
     may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]

@@ -14,6 +14,9 @@ from fastnn.graph.reader import NotANetworkError, Reader, module_row, only_first
 from fastnn.network_program import Line, Value
 from fastnn.nn._hooks import has_own_call
 
+_SETTINGS = (  # of nn.MultiheadAttention
+    *("training", "dropout", "batch_first", "num_heads", "embed_dim", "head_dim", "add_zero_attn", "kdim", "vdim"),
+)
 _ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}  # that an encoder's layer may have
 
 
@@ -64,10 +67,7 @@ def _of_itself(read: Reader, module: Any, value: Value, causal: bool) -> Value:
     if has_more or not module.embed_dim == module.kdim == module.vdim:
         raise NotANetworkError("an attention has keys of other sizes, or more of them")
     heads = module.num_heads
-    read.note(
-        *(module, "training", "dropout", "batch_first", "num_heads", "embed_dim", "head_dim"),
-        *("add_zero_attn", "kdim", "vdim"),
-    )
+    read.note(module, *_SETTINGS)
     if module.batch_first:
         value = read.add(None, "transpose", {"input": [value]}, first=0, second=1)
     weights = {"weight": read.own(module, "in_proj_weight"), "bias": read.own(module, "in_proj_bias")}
