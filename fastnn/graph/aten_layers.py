@@ -36,7 +36,7 @@ class NotALayerError(Exception):
     """Why a node is no layer of a network."""
 
 
-RANGES = (_aten.arange.default, _aten.arange.start)
+RANGES = (_aten.arange.default, _aten.arange.start)  # the operators that give numbers in a row
 
 
 class Reader:

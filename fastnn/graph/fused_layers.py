@@ -872,12 +872,14 @@ def _largest(read: Reader, value: Value, dims: int, is_batch: bool = False) -> V
     return value
 
 
-@row(F.dropout1d, F.dropout2d, F.dropout3d)
+_DROPOUTS_OF_CHANNELS = {getattr(F, f"dropout{d}d"): d for d in (1, 2, 3)}
+
+
+@row(*_DROPOUTS_OF_CHANNELS)
 def _dropout_of_channels(
     read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> None:
-    dims = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}[node.target]  # type: ignore[index]
-    read.dropout(node, read.data(x), p if training else 0.0, dims)
+    read.dropout(node, read.data(x), p if training else 0.0, _DROPOUTS_OF_CHANNELS[node.target])
 
 
 @row(F.prelu, torch.prelu)

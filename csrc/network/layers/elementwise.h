@@ -106,9 +106,8 @@ class PreluLayer : public Layer<T> {
   static void check_weight(int64_t count, const Ints& sizes) {
     const int64_t channels = sizes.size() > 1 ? sizes[1] : 1;
     FASTNN_CHECK(count == 1 || (!sizes.empty() && count == channels),
-                 "prelu: Mismatch of parameter numbers and input "
-                 "channel size. Found parameter numbers = ",
-                 count, " and channel size = ", channels, ".");
+                 "Mismatch of parameter numbers and input channel size. Found parameter numbers = ", count,
+                 " and channel size = ", channels, ".");
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType& output = call.site.outputs[0];

@@ -253,9 +253,11 @@ class UnflattenLayer : public Layer<T> {
     Ints& result = site.outputs[0].sizes;
     const size_t at = dimension_of(line_, dim_, sizes.size());
     Ints parts = sizes_;
-    int64_t known = 1, free = 0;
-    for (const int64_t part : parts)
-      part == -1 ? static_cast<void>(++free) : void(known = checked_product(known, part));
+    const int64_t free = std::count(parts.begin(), parts.end(), -1);
+    int64_t known = 1;  // the product of the sizes that are given
+    for (const int64_t part : parts) {
+      if (part != -1) known = checked_product(known, part);
+    }
     FASTNN_CHECK(free <= 1, "unflatten: only one dimension can be inferred");
     if (free == 1 && known > 0) *std::find(parts.begin(), parts.end(), -1) = sizes[at] / known;
     const bool fits = free == 1 ? known > 0 && sizes[at] % known == 0 : known == sizes[at];

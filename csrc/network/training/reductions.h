@@ -1,5 +1,5 @@
-// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward, but for the
-// max-pool of contiguous images, which torch computes pixel by pixel.
+// Pools, means, upsampling, softmax, norms of rows, products and attention in training: torch's own, forward and
+// backward, but for the max-pool of contiguous images, which torch computes pixel by pixel.
 #pragma once
 
 #include "../../kernels/max_pool.h"
@@ -464,6 +464,11 @@ class UpsampleTraining : public SizedTraining<T, UpsampleLayer> {
   Ints size_;
 };
 
+// Matrices (..., n, m) transposed to (..., m, n).
+inline Tensor turned(const Tensor& matrices) {
+  return stock("aten::transpose", "int", matrices, int64_t{-2}, int64_t{-1});
+}
+
 // The product of matrices (..., n, m) and (..., m, k), one for each element of the dimensions in front.
 template <class T>
 class MatmulTraining : public TrainingLayer<T> {
@@ -483,11 +488,6 @@ class MatmulTraining : public TrainingLayer<T> {
     if (wanted[1]) {
       results[1].tensor = reduced(stock("aten::matmul", "", turned(a), gradients[0]), sizes_of(b));
     }
-  }
-
- private:
-  static Tensor turned(const Tensor& tensor) {
-    return stock("aten::transpose", "int", tensor, int64_t{-2}, int64_t{-1});
   }
 };
 
@@ -554,9 +554,6 @@ class AttentionTraining : public TrainingLayer<T> {
   void forget() override { release(); }
 
  private:
-  static Tensor turned(const Tensor& tensor) {
-    return stock("aten::transpose", "int", tensor, int64_t{-2}, int64_t{-1});
-  }
   const Tensor& dropped() const { return drops_ != 0 ? dropped_ : weights_; }
   // A query sees the keys up to its own place.
   static void hide_later_keys(const Tensor& scores) {
