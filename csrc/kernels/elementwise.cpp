@@ -181,18 +181,19 @@ void copy_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T
   }
 }
 
+// What a vector is too long for is added by four values and by one, not under a mask: a processor takes a masked access
+// for a whole vector's, so that the loads of a short run would wait for the stores of the run before it.
 template <class T>
 void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step) {
-  if (length == 1) {
-    for (int64_t r = 0; r < runs; ++r) to[r * to_step] += from[r * from_step];
-    return;
-  }
-  for (int64_t r = 0; r < runs; ++r) {
-    for (int64_t i = 0; i < length; i += kLanes<T>) {
-      T* const at = to + r * to_step + i;
-      store_up_to<T>(at, load_up_to<T>(at, length - i) + load_up_to<T>(from + r * from_step + i, length - i),
-                     length - i);
+  for (int64_t r = 0; r < runs; ++r, from += from_step, to += to_step) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= length; i += kLanes<T>) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
+    for (; i + 4 <= length; i += 4) {
+      T sums[4];
+      for (int j = 0; j < 4; ++j) sums[j] = to[i + j] + from[i + j];
+      for (int j = 0; j < 4; ++j) to[i + j] = sums[j];
     }
+    for (; i < length; ++i) to[i] += from[i];
   }
 }
 

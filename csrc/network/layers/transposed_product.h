@@ -141,17 +141,34 @@ class TransposedProduct {
       }
     }
   }
-  // Adds the products of the input pixels [x, x + count) with a row of the kernel to a row of the output.
+  // Adds the products of the input pixels [x, x + count) with a row of the kernel to a row of the output. Where the
+  // output's pixels lie together, so do all positions of the row that an input pixel reaches: they are one run, whose
+  // vectors are full even if there are few channels. Pixels whose runs overlap are taken one after another, with all
+  // others between them, so that no sum is loaded right after it was stored.
   void add_products(const T* products, int64_t x, int64_t count, T* to, int64_t pixel) const {
     const auto& elementwise = elementwise_kernels().get<T>();
-    for (int64_t tap = 0; tap < s_.kernel[2]; ++tap, products += s_.out_channels) {
-      const int64_t at = tap - s_.padding[2], step = s_.stride[2];  // input pixel i is added to i * step + at
-      const int64_t least = at < 0 ? (-at + step - 1) / step : 0, room = s_.output[2] - at;
-      const int64_t first = std::max(x, least);
-      const int64_t last = std::min(x + count, room <= 0 ? 0 : (room + step - 1) / step);
-      if (first >= last) continue;
-      elementwise.add_runs(products + (first - x) * s_.columns(), s_.columns(), last - first, s_.out_channels,
-                           to + (first * step + at) * pixel, step * pixel);
+    const int64_t taps = pixel == s_.out_channels ? s_.kernel[2] : 1, step = s_.stride[2];
+    const int64_t overlapping = (taps + step - 1) / step;
+    for (int64_t tap = 0; tap < s_.kernel[2]; tap += taps, products += taps * s_.out_channels) {
+      const int64_t at = tap - s_.padding[2];  // input pixel i is added to the pixels from i * step + at on
+      const auto add = [&](int64_t first, int64_t last, int64_t every, int64_t skipped, int64_t taken) {
+        const int64_t from = (first - x) * s_.columns() + skipped * s_.out_channels;
+        elementwise.add_runs(products + from, every * s_.columns(), (last - first + every - 1) / every,
+                             (taken - skipped) * s_.out_channels, to + (first * step + at + skipped) * pixel,
+                             every * step * pixel);
+      };
+      // The input pixels whose whole run lies in the output.
+      const int64_t room = s_.output[2] - taps - at, most = room < 0 ? 0 : room / step + 1;
+      const int64_t first = std::clamp(at < 0 ? (-at + step - 1) / step : 0, x, x + count);
+      const int64_t last = std::clamp(most, first, x + count);
+      for (int64_t i = first; i < std::min(first + overlapping, last); ++i) add(i, last, overlapping, 0, taps);
+      const auto add_clipped = [&](int64_t i) {
+        const int64_t skipped = std::max<int64_t>(0, -(i * step + at));
+        const int64_t taken = std::min(taps, s_.output[2] - i * step - at);
+        if (skipped < taken) add(i, i + 1, 1, skipped, taken);
+      };
+      for (int64_t i = x; i < first; ++i) add_clipped(i);
+      for (int64_t i = last; i < x + count; ++i) add_clipped(i);
     }
   }
 
