@@ -414,6 +414,38 @@ def _pad(b: _Builder) -> None:
         b.add("pad", {"input": [x]}, sizes, padding=padding, value=b.random.uniform(-1, 1))
 
 
+def _gather(b: _Builder) -> None:
+    """Elements in another order, some of them more than once."""
+    x = b.pick((2, 3, 4, 5))
+    if x is None or min(x.sizes) < 1:
+        return
+    kind, rank = b.random.choice(("index_select", "flip", "roll", "border")), len(x.sizes)
+    dims, sizes = b.random.sample(range(rank), b.random.randint(1, rank)), [*x.sizes]
+    if kind == "flip":
+        b.add("flip", {"input": [x]}, sizes, dims=[d - rank * b.random.randint(0, 1) for d in dims])
+    elif kind == "roll":
+        b.add("roll", {"input": [x]}, sizes, shifts=[b.random.randint(-9, 9) for _ in dims], dims=dims)
+    elif kind == "index_select":
+        first = b.random.randrange(rank)
+        many, count = b.random.randint(1, min(2, rank - first)), b.random.randint(1, 6)
+        index = [b.random.randrange(-size, size) for size in sizes[first : first + many] for _ in range(count)]
+        dim = first - rank * b.random.randint(0, 1)
+        sizes[first : first + many] = [count]
+        b.add("index_select", {"input": [x]}, sizes, dim=dim, dims=many, index=index)
+    else:
+        # torch pads as many dimensions as images have.
+        mode, images = b.random.choice(("reflect", "replicate", "circular")), rank - b.random.choice((1, 2))
+        if images < 1 or images > 3:
+            return
+        padding = []
+        for i in range(images):
+            size = sizes[-1 - i]
+            around = [b.random.randint(0, min(2, size - 1)) for _ in range(2)]
+            sizes[-1 - i] += sum(around)
+            padding += around
+        b.add("border", {"input": [x]}, sizes, padding=padding, mode=mode)
+
+
 def _repeat(b: _Builder) -> None:
     """A value is expanded or repeated, or there is a constant of its sizes."""
     x = b.random.choice(b.values)
@@ -545,6 +577,7 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "slice": (1, _slice),
     "cat": (2, _cat),
     "pad": (1, _pad),
+    "gather": (2, _gather),
 }
 
 

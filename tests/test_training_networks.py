@@ -167,6 +167,35 @@ def _sizes(m: Any, x: Tensor) -> Tensor:
     return y.transpose(1, 2).mean(-1) + F.avg_pool1d(x, x.shape[-1]).mean()
 
 
+def _borders(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.replicate(m.reflect(x)))
+    y = F.pad(m.shuffle(y), (2, 1, 0, 2), mode="circular")
+    y = torch.roll(y, (1, -2), (2, 3)) + y.flip(-1, 2) * torch.roll(y, 1, 1)
+    return m.fc(m.out(y).mean((2, 3)))
+
+
+def _pairs(m: Any, x: Tensor) -> Tensor:
+    """Products of pairs of features, as recommenders have them, behind features in another order."""
+    y = torch.tanh(m.a(x[:, m.order])).unflatten(1, (4, 3))
+    products = torch.bmm(y, y.transpose(1, 2))
+    some = torch.cat([products[:, m.first, m.second], y[:, [3, 0, 0]].flatten(1), y[..., m.square].flatten(1)], 1)
+    return m.b(some.index_select(1, m.some)) + m.c(y[:, m.square].mean((1, 2)))
+
+
+class Pairs(By):
+    def __init__(self) -> None:
+        super().__init__(_pairs, a=nn.Linear(8, 12), b=nn.Linear(5, 2), c=nn.Linear(3, 2))
+        first, second = torch.tril_indices(4, 4, -1)
+        for name, indices in (
+            ("order", torch.tensor([7, 1, 0, 2, 3, 6, 5, 4])),
+            ("first", first),
+            ("second", second),
+            ("some", torch.tensor([8, 0, 0, 11, 5])),
+            ("square", torch.tensor([[0, 1], [2, -1]])),
+        ):
+            self.register_buffer(name, indices)
+
+
 def _norms(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.relu(m.frozen(m.conv(x))).mean(dim=(-1, -2)))
 
@@ -334,6 +363,18 @@ def _encoder_layer(**settings: Any) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "residual": (lambda: By(_residual, **_residual_layers()), (4, 3, 9, 8)),
     "u-net": (lambda: By(_u_net, **_u_net_layers()), (2, 2, 12, 8)),
+    "borders": (
+        lambda: By(
+            _borders,
+            reflect=nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="reflect"),
+            replicate=nn.ReplicationPad2d((1, 0, 2, 1)),
+            shuffle=nn.ChannelShuffle(2),
+            out=nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"),
+            fc=nn.Linear(5, 2),
+        ),
+        (3, 3, 6, 5),
+    ),
+    "pairs": (Pairs, (5, 8)),
     "gate": (
         lambda: By(
             _gate, conv=nn.Conv2d(4, 4, 3, padding=1), narrow=nn.Linear(4, 3), wide=nn.Linear(3, 4), fc=nn.Linear(80, 3)
@@ -548,6 +589,45 @@ def test_networks(name: str, memory_format: torch.memory_format, dtype: torch.dt
     x = torch.randn(sizes, dtype=dtype).to(memory_format=memory_format)
     target = torch.randn(copy.deepcopy(models[0])(x).shape, dtype=dtype)
     _follow(models, F.mse_loss, [x], target, "one operator call", 1e-9 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_indices_that_a_buffer_holds_are_read_at_every_call(trains: bool) -> None:
+    stock, mine = _pair(Pairs, torch.float64)
+    x, target = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    fastnn.fuse(mine)
+    theirs, ours = (torch.optim.SGD(model.parameters(), 0.1) for model in (stock, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours)
+    for indices in ([7, 1, 0, 2, 3, 6, 5, 4], [0] * 8, [-1, 3, 5, 7, 0, 2, 4, 6]):
+        for model in (stock, mine):
+            model.get_buffer("order").copy_(torch.tensor(indices))
+        if trains:
+            theirs.zero_grad()
+            expected = F.mse_loss(stock(x), target)
+            expected.backward()
+            theirs.step()
+            assert_close(step(x, target), expected.detach())
+            assert step.explain().startswith("one operator call")
+        else:
+            with torch.no_grad():
+                assert_close(mine(x), stock(x))
+    stock.get_buffer("order")[0] = mine.get_buffer("order")[0] = 8
+    for model in (stock, mine):
+        with pytest.raises((IndexError, RuntimeError), match=r"index 8 is out of bounds for dimension \d with size 8"):
+            model(x)
+
+
+def test_group_norm_of_images_with_channels_last_that_need_no_gradient() -> None:
+    """torch's own backward crashes here."""
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
+    images, target = torch.randn(3, 8, 6, 6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    F.mse_loss(model(images), target).backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.0))
+    step(images.contiguous(memory_format=torch.channels_last), target)
+    step.accumulate(images.contiguous(memory_format=torch.channels_last), target)
+    assert_close([parameter.grad for parameter in model.parameters()], expected)
 
 
 def test_two_inputs_and_an_embedding() -> None:

@@ -7,6 +7,7 @@
 #include "layers/conv_transpose.h"
 #include "layers/elementwise.h"
 #include "layers/embedding.h"
+#include "layers/gather.h"
 #include "layers/linear.h"
 #include "layers/matmul.h"
 #include "layers/normalize.h"
@@ -60,6 +61,10 @@ const std::vector<LayerEntry>& layer_entries() {
         split_entry(),
         cat_entry(),
         pad_entry(),
+        index_select_entry(),
+        flip_entry(),
+        roll_entry(),
+        border_entry(),
     };
     for (LayerEntry& entry : training_entries()) all.push_back(std::move(entry));
     return all;

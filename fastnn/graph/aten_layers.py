@@ -51,13 +51,14 @@ class Reader:
         # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
         self.columns: dict[Node, tuple[Node, int, int]] = {}
         self.ranges: set[Node] = set()  # nodes that are numbers in a row from 0 on, which embeddings alone take
+        self.indices: dict[Node, Tensor] = {}  # nodes that copy indices of the model, which indexing alone takes
         self.lines: list[Line] = []  # the lines of the node that is being read
         kinds = {tensor.dtype for tensor in constants.values() if tensor.is_floating_point()}
         self.dtype = next(iter(kinds)) if len(kinds) == 1 else torch.float32
 
     def read(self, node: Node) -> list[Line]:
         """The lines that compute what the node computes."""
-        if self._is_column(node) or self._is_range(node):
+        if self._is_column(node) or self._is_range(node) or self._is_index(node):
             return []
         read = ROWS.get(node.target)
         if read is None:
@@ -102,7 +103,25 @@ class Reader:
         self.ranges.add(node)
         return True
 
+    def _is_index(self, node: Node) -> bool:
+        """Notes a copy of indices that the forward names, as in x[:, [1, 3]]."""
+        if node.target is not _aten.lift_fresh_copy.default or not isinstance(node.args[0], Node):
+            return False
+        held = self.constants.get(node.args[0].name)
+        takers = (_aten.index.Tensor, _aten.index_select.default)
+        if held is None or held.dtype != torch.int64 or any(user.target not in takers for user in node.users):
+            return False
+        self.indices[node] = held
+        return True
+
     # ---- what rows use ----
+
+    def index(self, node: Any) -> Tensor:
+        """The indices that a node is, which the model holds."""
+        held = self.indices.get(node, self.constants.get(getattr(node, "name", "")))
+        if held is None or held.dtype != torch.int64 or held.numel() == 0:
+            raise NotALayerError("takes an index that is no tensor of integers of the model")
+        return held
 
     def value(self, node: Any) -> Value:
         """The value that is the node's result, or the weight that the node stands for."""
@@ -1006,10 +1025,58 @@ def _pad(read: Reader, node: Node, x: Any, padding: Any, *rest: Any, **named: An
             mode = given
         elif given is not None:
             number = float(given)
-    if mode != "constant" or not all(isinstance(one, int) for one in padding):
-        raise NotALayerError(f"pads by {mode}")
+    if not all(isinstance(one, int) for one in padding):
+        raise NotALayerError("pads by sizes")
     inputs = {"input": [read.data(x)]}
-    read.finish(node, read.add("pad", inputs, _sizes(node), padding=list(padding), value=number))
+    if mode == "constant":
+        return read.finish(node, read.add("pad", inputs, _sizes(node), padding=list(padding), value=number))
+    if min(padding) < 0:
+        raise NotALayerError(f"takes pixels away, by {mode}")
+    read.finish(node, read.add("border", inputs, _sizes(node), padding=list(padding), mode=mode))
+
+
+@_row(_aten.index.Tensor)
+def _index(read: Reader, node: Node, x: Any, indices: Any) -> None:
+    value, chosen = read.data(x), [i for i, one in enumerate(indices) if one is not None]
+    if chosen != list(range(chosen[0], chosen[-1] + 1)):
+        raise NotALayerError("has indices apart from one another")
+    every = [read.index(indices[i]) for i in chosen]
+    if any(one.shape != every[0].shape for one in every):
+        raise NotALayerError("has indices that are broadcast")
+    numbers = [number for one in every for number in one.flatten().tolist()]
+    sizes = [*value.sizes[: chosen[0]], every[0].numel(), *value.sizes[chosen[-1] + 1 :]]
+    inputs = {"input": [value]}
+    value = read.add("index_select", inputs, sizes, dim=chosen[0], dims=len(every), index=numbers)
+    read.finish(node, value if every[0].dim() == 1 else read.reshape(value, _sizes(node)))
+
+
+@_row(_aten.index_select.default)
+def _index_select(read: Reader, node: Node, x: Any, dim: int, index: Any) -> None:
+    inputs = {"input": [read.data(x)]}
+    numbers = read.index(index).flatten().tolist()
+    read.finish(node, read.add("index_select", inputs, _sizes(node), dim=dim, index=numbers))
+
+
+@_row(_aten.flip.default)
+def _flip(read: Reader, node: Node, x: Any, dims: Any) -> None:
+    read.finish(node, read.add("flip", {"input": [read.data(x)]}, _sizes(node), dims=list(dims)))
+
+
+@_row(_aten.roll.default)
+def _roll(read: Reader, node: Node, x: Any, shifts: Any, dims: Any = ()) -> None:
+    if not dims or not all(type(one) is int for one in shifts):
+        raise NotALayerError("rolls as if it were flat, or by sizes")
+    read.finish(node, read.add("roll", {"input": [read.data(x)]}, _sizes(node), shifts=list(shifts), dims=list(dims)))
+
+
+@_row(_aten.channel_shuffle.default)
+def _channel_shuffle(read: Reader, node: Node, x: Any, groups: int) -> None:
+    value = read.data(x)
+    count, channels, *image = value.sizes
+    each = channels // groups
+    parts = read.add("unflatten", {"input": [value]}, [count, groups, each, *image], dim=1, sizes=[groups, each])
+    turned = read.add("transpose", {"input": [parts]}, [count, each, groups, *image], first=1, second=2)
+    read.finish(node, read.reshape(turned, _sizes(node)))
 
 
 @_row(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fastnn.activations import parse
@@ -792,10 +792,120 @@ def _pad_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     read.note(module, "padding", "value")
 
 
+@module_row(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
+def _reflection_pad(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_border(read, node, module, x, "reflect")
+
+
+@module_row(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
+def _replication_pad(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_border(read, node, module, x, "replicate")
+
+
+@module_row(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
+def _circular_pad(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_border(read, node, module, x, "circular")
+
+
+def _add_border(read: Reader, node: Node, module: Any, x: Any, mode: str) -> None:
+    _add_pad(read, node, x, module.padding, mode, None)
+    read.note(module, "padding")
+
+
 def _add_pad(read: Reader, node: Node, x: Any, pad: Any, mode: str, value: Any) -> None:
-    if mode != "constant" or not all(type(one) is int and one >= 0 for one in pad):
-        raise NotANetworkError(f"a padding is {mode}, or takes elements away")
-    read.add(node, "pad", {"input": [read.data(x)]}, padding=list(pad), value=float(value or 0.0))
+    if not all(type(one) is int and one >= 0 for one in pad):
+        raise NotANetworkError("a padding takes elements away, or depends on sizes")
+    if mode == "constant":
+        read.add(node, "pad", {"input": [read.data(x)]}, padding=list(pad), value=float(value or 0.0))
+    else:
+        read.add(node, "border", {"input": [read.data(x)]}, padding=list(pad), mode=mode)
+
+
+# ---- other orders of elements ---------------------------------------------------------------------------------------
+
+
+@row(torch.flip, "flip")
+def _flip(read: Reader, node: Node, x: Any, *dims: Any) -> None:
+    given = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    read.add(node, "flip", {"input": [read.data(x)]}, dims=_integers(given))
+
+
+@row(torch.roll, "roll")
+def _roll(read: Reader, node: Node, x: Any, shifts: Any, dims: Any = None) -> None:
+    if dims is None or dims == ():
+        raise NotANetworkError("a tensor is rotated as if it were flat")
+    every = [[one] if type(one) is int else one for one in (shifts, dims)]
+    read.add(node, "roll", {"input": [read.data(x)]}, shifts=_integers(every[0]), dims=_integers(every[1]))
+
+
+def _integers(given: Any) -> list[int]:
+    if not all(type(one) is int for one in given):
+        raise NotANetworkError("a call's numbers depend on sizes")
+    return list(given)
+
+
+@row(F.channel_shuffle)
+def _channel_shuffle(read: Reader, node: Node, x: Any, groups: int) -> None:
+    parts = read.add(None, "unflatten", {"input": [read.data(x)]}, dim=1, sizes=_integers([groups, -1]))
+    turned = read.add(None, "transpose", {"input": [parts]}, first=1, second=2)
+    read.add(node, "flatten", {"input": [turned]}, start_dim=1, end_dim=2)
+
+
+@module_row(nn.ChannelShuffle)
+def _channel_shuffle_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _channel_shuffle(read, node, x, module.groups)
+    read.note(module, "groups")
+
+
+_MOST_INDICES = 4096  # each call compares them with what they were
+
+
+def indices_held_by(module: nn.Module, name: str) -> tuple[Any, ...] | None:
+    """The sizes and the numbers of a buffer of indices; None where it is none, or has too many for a network."""
+    held = module._buffers.get(name)
+    if type(held) is not Tensor or held.dtype != torch.int64 or held.device.type != "cpu":
+        return None
+    return (tuple(held.shape), *held.flatten().tolist()) if 0 < held.numel() <= _MOST_INDICES else None
+
+
+def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
+    """The sizes of an index and its numbers: a list that the forward gives, or a buffer, which each call compares."""
+    if isinstance(given, (list, tuple)) and given:
+        return (len(given),), _integers(given)
+    if isinstance(given, Node) and given in read.tensors:
+        held, name = read.tensors[given]
+        module = next((one for one in read.modules.values() if one._buffers is held), None)
+        known = None if module is None else indices_held_by(module, name)
+        if module is not None and known is not None:
+            read.guard.note_call(indices_held_by, (module, name), known)
+            return known[0], list(known[1:])
+    raise NotANetworkError("an index is computed from something else")
+
+
+@row(torch.index_select, "index_select")
+def _index_select(read: Reader, node: Node, x: Any, dim: Any, index: Any) -> None:
+    if type(dim) is not int:
+        raise NotANetworkError("a dimension depends on sizes")
+    sizes, numbers = _indices(read, index)
+    if len(sizes) != 1 or min(numbers) < 0:
+        raise NotANetworkError("an index is no row of numbers")
+    read.add(node, "index_select", {"input": [read.data(x)]}, dim=dim, index=numbers)
+
+
+def _add_index(read: Reader, value: Value, dim: int, indices: Sequence[Any]) -> tuple[Value, int]:
+    """Adds an index of several numbers in each of some neighbouring dimensions -> the value, and how many dimensions
+    have come in their place."""
+    every = [_indices(read, one) for one in indices]
+    sizes = every[0][0]
+    if any(other != sizes for other, _ in every):
+        raise NotANetworkError("indices are broadcast")
+    numbers = [one for _, row_of_numbers in every for one in row_of_numbers]
+    value = read.add(None, "index_select", {"input": [value]}, dim=dim, dims=len(every), index=numbers)
+    if len(sizes) != 1:
+        place = dim + len(every) - 1 if dim < 0 else dim
+        kind, more = ("unflatten", {"sizes": list(sizes)}) if sizes else ("squeeze", {})
+        value = read.add(None, kind, {"input": [value]}, dim=place, **more)
+    return value, len(sizes)
 
 
 # ---- sums and products ----------------------------------------------------------------------------------------------
@@ -1225,17 +1335,22 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
             read.columns[node] = read.value(whole), len(before), place
             return
     value = read.data(whole)
+    dim = 0
     if steps[0] is Ellipsis:
         del steps[0]
         if not steps or None in steps or (len(steps) > 1 and any(type(one) is int for one in steps)):
             raise NotANetworkError("an index behind an ellipsis is more than one number, or parts")
-        for dim in range(-len(steps), 0):
-            value, _ = _choose(read, value, steps[dim], dim)
-        steps = []
-    dim = 0
-    for one in steps:
-        value, gone = _choose(read, value, one, dim)
-        dim += 0 if gone else 1
+        dim = -len(steps)
+    lists = [i for i, one in enumerate(steps) if isinstance(one, (list, Node))]
+    if lists and (any(type(one) is int for one in steps) or lists != list(range(lists[0], lists[-1] + 1))):
+        raise NotANetworkError("an index has numbers beside lists, or lists apart from one another")
+    for i, one in enumerate(steps):
+        if i not in lists:
+            value, gone = _choose(read, value, one, dim)
+            dim += 0 if gone else 1
+        elif i == lists[0]:
+            value, dims = _add_index(read, value, dim, [steps[place] for place in lists])
+            dim += len(lists) if dim < 0 else dims
     if value is read.data(whole):  # x[:]
         value = read.add(None, "slice", {"input": [value]}, dim=0)
     read.values[node] = value

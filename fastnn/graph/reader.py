@@ -267,10 +267,13 @@ class Reader:
 
     def _add_convolution(self, node: Node, layer: Layer, inputs: dict[str, list[Value]]) -> None:
         settings = layer.settings
-        if settings.get("padding_mode", "zeros") != "zeros":
-            raise NotANetworkError(f"{layer.name}'s padding is {settings['padding']!r} of {settings['padding_mode']}")
         stride, dilation = (each_dimension(settings[name], layer.dims) for name in ("stride", "dilation"))
         padding = settings["padding"]
+        mode = settings.get("padding_mode", "zeros")
+        if mode != "zeros":
+            around = [one for one in reversed(each_dimension(padding, layer.dims)) for _ in range(2)]
+            inputs["input"] = [self.add(None, "border", {"input": inputs["input"]}, padding=around, mode=mode)]
+            padding = 0
         if isinstance(padding, str) and layer.module is None:  # no guard notes the kernel's size
             raise NotANetworkError(f"{layer.name}'s padding is {padding!r}")
         inputs["input"], padding = self.padded(inputs["input"][0], padding, inputs["weight"][0], stride, dilation)
@@ -389,7 +392,7 @@ _NOT_SAVED = frozenset(
     {
         *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
         *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp"),
-        "repeat",
+        *("repeat", "index_select", "flip", "roll", "border"),
     }
 )
 

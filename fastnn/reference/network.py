@@ -297,6 +297,12 @@ def _fold(line: TextLine, taken: Taken) -> list[Tensor]:
 
 
 # A dropout drops nothing here.
+def _index_select(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, count = _one(taken, "input"), len(line["index"]) // line["dims"]
+    chosen = torch.tensor(line["index"]).unflatten(0, (line["dims"], count)).unbind()
+    return [x[(*[slice(None)] * (line["dim"] % x.dim()), *chosen)]]
+
+
 LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
@@ -339,4 +345,8 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "split": _split,
     "cat": lambda line, taken: [torch.cat(taken["inputs"], line["dim"])],
     "pad": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], value=line["value"])],
+    "index_select": _index_select,
+    "flip": lambda line, taken: [_one(taken, "input").flip(line["dims"])],
+    "roll": lambda line, taken: [_one(taken, "input").roll(line["shifts"], line["dims"])],
+    "border": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], line["mode"])],
 }

@@ -56,6 +56,10 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"split", make_training<SplitTraining, T>},
       {"cat", make_training<CatTraining, T>},
       {"pad", make_training<PadTraining, T>},
+      {"index_select", make_training<IndexSelectTraining, T>},
+      {"flip", make_training<FlipTraining, T>},
+      {"roll", make_training<RollTraining, T>},
+      {"border", make_training<BorderTraining, T>},
   };
   for (const auto& [name, make] : makers) {
     if (line.layer == name) return make(line);

@@ -228,7 +228,9 @@ class GroupNormTraining : public StockNormTraining<T> {
                                              sizes_[1], sizes_[2], sizes_[3], this->epsilon_));
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const std::array<bool, 3> flags_of_all = this->wanted_of(wanted);
+    std::array<bool, 3> flags_of_all = this->wanted_of(wanted);
+    // With channels last, torch's kernel writes the input's gradient even if that is not asked for, and would crash.
+    flags_of_all[0] = flags_of_all[0] || !input_.is_contiguous();
     Tensor gradient = gradients[0].borrow();
     if (!same_strides(gradient, input_)) {  // Torch's kernel reads the gradient in the input's order of memory.
       gradient = new_like<T>(input_);

@@ -1,7 +1,7 @@
 // Layers that only move elements, in training. Outputs are views where torch's are.
 #pragma once
 
-#include "../layers/shape.h"
+#include "../layers/gather.h"
 #include "layer.h"
 
 namespace fastnn {
@@ -281,5 +281,52 @@ class PadTraining : public UnaryTraining<T> {
   PadLayer<T> layer_;
   Ints padding_;
 };
+
+// index_select, flip, roll and border: the layers of inference gather, and the gradient goes back along their ways.
+// keeps_format: whether a result of images lies with channels last where the input does, as torch's does.
+template <class T, template <class> class Kind, bool keeps_format>
+class GatherTraining : public UnaryTraining<T> {
+ public:
+  explicit GatherTraining(const ProgramLine& line) : UnaryTraining<T>(line), layer_(line, Weights<T>()) {}
+  void forward(Tensor* outputs) override {
+    const bool last = keeps_format && is_dense_channels_last(this->input());
+    const Tensor from = last ? this->input().borrow() : dense(this->input());
+    site_ = Site<T>();
+    site_.inputs.push_back({sizes_of(from), last ? Format::channels_last : Format::contiguous});
+    site_.outputs.resize(1);
+    layer_.set_sizes(site_);
+    site_.outputs[0].format = site_.inputs[0].format;
+    outputs[0] = new_formatted(site_.outputs[0].sizes, kDtypeOf<T>, last);
+    if (site_.is_empty()) return;
+    PackedReader nothing(nullptr, 0, active_isa(), sizeof(T));
+    const void* const read[] = {data<T>(from)};
+    void* const written[] = {mutable_data<T>(outputs[0])};
+    layer_.run({site_, read, written, nothing});
+  }
+  Tensor gradient_of(const Tensor& gradient) override {
+    const ValueType& input = site_.inputs[0];
+    ValueType output = site_.outputs[0];
+    const bool last = keeps_format && is_dense_channels_last(gradient);
+    output.format = last ? Format::channels_last : Format::contiguous;
+    const Tensor from = last ? gradient.borrow() : dense(gradient);
+    Tensor result = new_formatted(input.sizes, kDtypeOf<T>, input.channels_last());
+    T* const to = mutable_data<T>(result);
+    std::fill_n(to, result.numel(), T(0));
+    if (!site_.is_empty()) layer_.add_gradient(input, output, data<T>(from), to);
+    return result;
+  }
+
+ private:
+  Kind<T> layer_;
+  Site<T> site_;
+};
+template <class T>
+using IndexSelectTraining = GatherTraining<T, IndexSelectLayer, false>;
+template <class T>
+using FlipTraining = GatherTraining<T, FlipLayer, true>;
+template <class T>
+using RollTraining = GatherTraining<T, RollLayer, false>;
+template <class T>
+using BorderTraining = GatherTraining<T, BorderLayer, true>;
 
 }  // namespace fastnn
