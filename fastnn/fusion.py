@@ -16,7 +16,7 @@ from torch import nn
 
 from fastnn._extension import load_extension
 from fastnn.graph.account import account_for
-from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, may_hold_layers
+from fastnn.graph.forward import FusedForward, FusedModule, FusedRecurrent, LeftByMode, may_hold_layers
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.matcher import RECURRENT
 from fastnn.graph.rehearsal import copied
@@ -41,8 +41,9 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
         model: any module. Wrappers such as DistributedDataParallel come after ``fuse``.
         example_inputs: a tensor, or a tuple of the model's arguments. With them, each candidate is compared with
             torch's layers on what the model gives it (outputs, and gradients where there are parameters to train) and
-            timed, in the mode that the model is in; a candidate that is not faster here stays unfused, and all
-            candidates do where the whole model is not faster with them.
+            timed, in the mode that the model is in; a candidate that is not faster here stays unfused in this mode,
+            and all candidates do where the whole model is not faster with them. Call ``fuse`` again in the other mode,
+            to try that too.
         strict: raise on the first layer that could be fused and is not.
 
     Raises:
@@ -51,11 +52,11 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
-    left: dict[Any, str] = {}
+    left: LeftByMode = {True: {}, False: {}}
     for module in model.modules():
         present = module.__dict__.get("forward")
         if isinstance(present, FusedModule):
-            left = present.left
+            left = present.left_by_mode
     for module in model.modules():
         _fuse_module(module, left)
     if example_inputs is not None:
@@ -79,7 +80,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fuse_module(module: nn.Module, left: dict[Any, str]) -> None:
+def _fuse_module(module: nn.Module, left: LeftByMode) -> None:
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return
     if layer_forward(module) in RECURRENT:

@@ -123,7 +123,7 @@ class Parts:
             structure.append(frozenset(value))
         elif _is_for_all(value):
             structure.append(value)
-        elif not issubclass(kind, Fused) or value.left:
+        elif not issubclass(kind, Fused) or any(value.left_by_mode.values()):
             raise NotAlikeError
 
     def place_of(self, value: Any) -> Any:

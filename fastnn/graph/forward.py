@@ -69,23 +69,31 @@ _FREE_TRIES = 8  # After so many tries of a module that has changed, tracing may
 _MOST_TIME = 0.01
 
 
+LeftByMode = dict[bool, dict[Any, str]]  # what stays unfused, and why, in training (True) and in eval mode
+
+
 class FusedModule(Fused):
-    """Replaces ``module.forward``. `left`: what a trial has decided to leave unfused in the whole model."""
+    """Replaces ``module.forward``. `left_by_mode`: what trials have decided to leave unfused in the whole model."""
 
     # It has no dict, since functools.update_wrapper would copy that.
-    __slots__ = ("__weakref__", "left", "module", "token")
+    __slots__ = ("__weakref__", "left_by_mode", "module", "token")
 
-    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
-        self.module, self.left = module, left
+    def __init__(self, module: nn.Module, left_by_mode: LeftByMode) -> None:
+        self.module, self.left_by_mode = module, left_by_mode
         self.token = module.__dict__[TOKEN] = _Token()
         module.__dict__["forward"] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "left": self.left, "token": self.token}
+        return {"module": self.module, "left_by_mode": self.left_by_mode, "token": self.token}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    @property
+    def left(self) -> dict[Any, str]:
+        """What stays unfused in the mode that the module is in, and why."""
+        return self.left_by_mode[self.module.training]
 
     # The attributes of the bound method that it replaces.
 
@@ -139,7 +147,7 @@ class FusedModule(Fused):
             return self
         if isinstance(caller, nn.Module) and caller.__dict__.get("forward") is self:
             is_copy = caller.__dict__.get(TOKEN) is self.token
-            return type(self)(caller, self.left) if is_copy else self  # another module may call this one's forward
+            return type(self)(caller, self.left_by_mode) if is_copy else self  # another module may call this one's forward
         holders = [one for one in gc.get_referrers(self.token) if isinstance(one, dict) and one.get("forward") is self]
         if len(holders) > 1 or (holders and holders[0] is not self.module.__dict__):
             raise RuntimeError(
@@ -156,8 +164,8 @@ class FusedRecurrent(FusedModule):
 
     __slots__ = ("_stock_forward", "_twin")
 
-    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
-        super().__init__(module, left)
+    def __init__(self, module: nn.Module, left_by_mode: LeftByMode) -> None:
+        super().__init__(module, left_by_mode)
         self._stock_forward, self._twin = type(module).forward, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,7 +175,7 @@ class FusedRecurrent(FusedModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_compiling() and getrefcount(self.token) != _REFERENCES and (own := self.own()) is not self:
             return own(*args, **kwargs)
-        if (self.left and self.module in self.left) or type(self.module).forward is not self._stock_forward:
+        if self.module in self.left or type(self.module).forward is not self._stock_forward:
             return self.stock(*args, **kwargs)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_recurrent(self, args, kwargs)
@@ -364,8 +372,8 @@ class FusedForward(FusedModule):
 
     __slots__ = ("_begin", "_spent", "asks_for_sizes", "traces", "tries", "why")
 
-    def __init__(self, module: nn.Module, left: dict[Any, str]) -> None:
-        super().__init__(module, left)
+    def __init__(self, module: nn.Module, left_by_mode: LeftByMode) -> None:
+        super().__init__(module, left_by_mode)
         self.forget()
 
     def forget(self) -> None:
@@ -411,10 +419,10 @@ class FusedForward(FusedModule):
     def _stretches_of(self, trace: Trace) -> StretchedGraph | None:
         """What runs in place of the trace. None where stretches of layers have been left as single layers, or somebody
         writes down which operators run."""
-        stretched = trace.stretched(self.module, is_grad_enabled())
-        if stretched is not None and (STRETCHES in self.left or is_tracing() or is_exporting()):
+        if STRETCHES in self.left:
             return None
-        return stretched
+        stretched = trace.stretched(self.module, is_grad_enabled())
+        return None if stretched is not None and (is_tracing() or is_exporting()) else stretched
 
     def _look_closer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

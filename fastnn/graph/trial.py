@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fastnn._torch import pytree
 from fastnn.graph import forward
-from fastnn.graph.forward import STRETCHES, FusedForward, FusedModule, FusedRecurrent, Trace, key_of
+from fastnn.graph.forward import STRETCHES, FusedForward, FusedModule, FusedRecurrent, LeftByMode, Trace, key_of
 from fastnn.graph.matcher import Match
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 
@@ -30,12 +30,14 @@ _CLOSE_OTHERWISE = 3e-2
 _FEW, _CLOSE_WITH_FEW = 100, 0.1
 
 
-def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], left: dict[Any, str]) -> None:
-    """Runs a copy of the fused model on its inputs, and `stock`, which is an unfused copy. Writes into `left`, by a
-    candidate's key, why that candidate stays unfused."""
+def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], left: LeftByMode) -> None:
+    """Runs a copy of the fused model on its inputs, and `stock`, which is an unfused copy. Writes into `left`, for the
+    modes in which the model's modules are, by a candidate's key, why that candidate stays unfused."""
     twin = copied(model)
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
-    trial = _Trial(next((m.__dict__["forward"].left for m in twin.modules() if _is_fused(m)), {}), model.training)
+    fused_twins = (module.__dict__["forward"] for module in twin.modules() if _is_fused(module))
+    of_modes: LeftByMode | None = next((fused.left_by_mode for fused in fused_twins), None)
+    trial = _Trial({} if of_modes is None else of_modes[model.training], model.training)
     try:
         with leaving_no_trace():
             with forward.observing(trial):
@@ -45,7 +47,9 @@ def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], le
     except (RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node in further lines
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
-    left.update({of_twin.get(key, key): why for key, why in trial.left.items()})
+    found = {of_twin.get(key, key): why for key, why in trial.left.items()}
+    for mode in {module.training for module in model.modules()}:
+        left[mode].update(found)
     for module in model.modules():
         fused = module.__dict__.get("forward")
         if isinstance(fused, FusedForward):
@@ -73,7 +77,7 @@ class _Trial:
                 if isinstance(fused, FusedForward):
                     fused.forget()
                     if model is single:
-                        fused.left = {**fused.left, STRETCHES: ""}
+                        fused.left_by_mode = dict.fromkeys((True, False), {**fused.left, STRETCHES: ""})
         models = (twin, single, stock)
         parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in models}
 
