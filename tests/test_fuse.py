@@ -690,8 +690,7 @@ def test_a_whole_model_that_is_not_faster_stays(monkeypatch: pytest.MonkeyPatch)
     assert not report.calls
     assert all("the whole model is as fast without it: 2.00 ms, 3.00 ms fused" in row.why for row in report.left)
     check(fused, model)
-    other_mode = fastnn.explain(fused.train(), image())  # which no trial has seen
-    assert [row.layer for row in other_mode.calls] == ["0, 1, 2"]
+    assert fastnn.explain(fused.train(), image()).calls  # no trial has seen this mode
     check(fused, model.train())
     assert fastnn.explain(copy.deepcopy(fused).eval(), image()) == report
 
