@@ -73,7 +73,7 @@ class Line:
 
 
 # The functions of a "unary" line, by torch's names.
-UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p")
+UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p", "expm1", "erf", "atan", "sign")
 
 
 def write_attribute(value: Any) -> str:

@@ -268,7 +268,10 @@ def _mean(b: _Builder) -> None:
     dims = sorted(b.random.sample(range(len(x.sizes)), b.random.randint(1, len(x.sizes))))
     keeps = b.random.random() < 0.5
     sizes = [1 if d in dims else size for d, size in enumerate(x.sizes) if keeps or d not in dims]
-    b.add("mean", {"input": [x]}, sizes, dims=dims, keepdim=keeps, sums=b.random.random() < 0.3)
+    kind = b.random.choice(({}, {"sums": True}, {"correction": 1.0}, {"correction": 0.5}))
+    if kind.get("correction") == 1.0 and torch.Size([x.sizes[d] for d in dims]).numel() == 1:
+        kind = {}  # torch would divide by 0
+    b.add("mean", {"input": [x]}, sizes, dims=dims, keepdim=keeps, **kind)
 
 
 def _adaptive(b: _Builder) -> None:
@@ -478,7 +481,7 @@ def _element(b: _Builder) -> None:
         b.add("clamp", {"input": [x]}, x.sizes, **bounds)
         return
     value = b.add("unary", {"input": [x]}, x.sizes, function="abs")
-    function = b.random.choice(UNARY)
+    function = b.random.choice((*UNARY, "root"))
     if function != "abs":
         value = b.add("binary", {"input": [value]}, x.sizes, function="add", number=0.5)
         b.add("unary", {"input": [value]}, x.sizes, function=function)

@@ -196,6 +196,16 @@ class Pairs(By):
             self.register_buffer(name, indices)
 
 
+def _statistics(m: Any, x: Tensor) -> Tensor:
+    """Statistics over steps, as of x-vectors, and features of length 1."""
+    y = F.softplus(m.a(x))
+    pooled = torch.cat([y.mean(1), y.std(1), y.var(dim=1, unbiased=False), torch.std(y, 1, correction=0)], 1)
+    z = F.normalize(torch.erf(m.b(pooled)), dim=-1) + F.normalize(m.b(pooled), p=1.0, dim=1)
+    lengths = z.norm(dim=1, keepdim=True) + torch.linalg.vector_norm(pooled, dim=-1).unsqueeze(-1)
+    sizes = torch.linalg.norm(y, dim=(1, 2))[:, None]
+    return z / (1 + lengths) + torch.atan(z) * y.var() + torch.expm1(z * 0.1) * sizes
+
+
 def _norms(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.relu(m.frozen(m.conv(x))).mean(dim=(-1, -2)))
 
@@ -375,6 +385,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         (3, 3, 6, 5),
     ),
     "pairs": (Pairs, (5, 8)),
+    "statistics": (lambda: By(_statistics, a=nn.Linear(8, 6), b=nn.Linear(24, 5)), (4, 7, 8)),
     "gate": (
         lambda: By(
             _gate, conv=nn.Conv2d(4, 4, 3, padding=1), narrow=nn.Linear(4, 3), wide=nn.Linear(3, 4), fc=nn.Linear(80, 3)
@@ -615,6 +626,28 @@ def test_indices_that_a_buffer_holds_are_read_at_every_call(trains: bool) -> Non
     for model in (stock, mine):
         with pytest.raises((IndexError, RuntimeError), match=r"index 8 is out of bounds for dimension \d with size 8"):
             model(x)
+
+
+def test_norms_and_deviations_of_zeros() -> None:
+    """Their derivatives are 0, as torch has them, although a square root has none at 0."""
+    stock, mine = _pair(lambda: By(_lengths, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), torch.float64)
+    fastnn.fuse(mine)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for model in (stock, mine):
+        with torch.no_grad():
+            model.get_parameter("a.weight")[:3] = 0
+            model.get_parameter("a.bias")[:3] = 0
+        x_own = x.clone().index_fill(0, torch.tensor([1, 3]), 0).requires_grad_()
+        model(x_own).square().sum().backward()
+        model.x_grad = x_own.grad
+    assert_close(mine.x_grad, stock.x_grad)
+    assert not stock.x_grad.isnan().any()
+    assert_close([p.grad for p in mine.parameters()], [p.grad for p in stock.parameters()])
+
+
+def _lengths(m: Any, x: Tensor) -> Tensor:
+    y = torch.tanh(m.a(x))
+    return m.b(F.normalize(y, dim=1)) * y.norm(dim=1, keepdim=True) + y[:, :3].std(1, keepdim=True) + y[:, :3].norm()
 
 
 def test_group_norm_of_images_with_channels_last_that_need_no_gradient() -> None:

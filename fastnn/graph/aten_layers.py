@@ -852,6 +852,60 @@ def _mean_of_all(read: Reader, node: Node, x: Any, dtype: Any = None) -> None:
     read.finish(node, read.add("mean", {"input": [value]}, (), dims=dims, sums=node.target is _aten.sum.default))
 
 
+@_row(_aten.linalg_vector_norm.default)
+def _norm(
+    read: Reader, node: Node, x: Any, ord: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
+) -> None:
+    if dtype not in (None, read.dtype) or ord not in (1, 2):
+        raise NotALayerError("is a norm of another degree or dtype")
+    value = read.data(x)
+    inputs = {"input": [value], **({} if ord == 1 else {"other": [value]})}
+    kind, function = ("unary", "abs") if ord == 1 else ("binary", "mul")
+    parts = read.add(kind, inputs, value.sizes, function=function)
+    which = _all_or(dims, len(value.sizes))
+    made = read.add("mean", {"input": [parts]}, _sizes(node), dims=which, keepdim=keepdim, sums=True)
+    read.finish(node, made if ord == 1 else read.add("unary", {"input": [made]}, _sizes(node), function="sqrt"))
+
+
+@_row(_aten.linalg_norm.default)
+def _linalg_norm(
+    read: Reader, node: Node, x: Any, ord: Any = None, dims: Any = None, keepdim: bool = False, dtype: Any = None
+) -> None:
+    if ord is not None and (dims is None or len(dims) != 1):
+        raise NotALayerError("is a matrix's norm")
+    _norm(read, node, x, 2 if ord is None else ord, dims, keepdim, dtype)
+
+
+def _all_or(dims: Any, rank: int) -> list[int]:
+    return sorted(d % rank for d in (range(rank) if dims in (None, []) else dims))
+
+
+@_row(_aten.var.dim, _aten.std.dim)
+def _variance(read: Reader, node: Node, x: Any, dims: Any, unbiased: bool = True, keepdim: bool = False) -> None:
+    _add_variance(read, node, x, dims, float(unbiased), keepdim)
+
+
+@_row(_aten.var.correction, _aten.std.correction)
+def _corrected_variance(
+    read: Reader, node: Node, x: Any, dims: Any = None, *, correction: Any = None, keepdim: bool = False
+) -> None:
+    _add_variance(read, node, x, dims, 1.0 if correction is None else float(correction), keepdim)
+
+
+def _add_variance(read: Reader, node: Node, x: Any, dims: Any, correction: float, keepdim: bool) -> None:
+    value = read.data(x)
+    which = _all_or(dims, len(value.sizes))
+    kept = [1 if d in which else size for d, size in enumerate(value.sizes)]
+    mean = read.add("mean", {"input": [value]}, kept, dims=which, keepdim=True)
+    rest = read.add("binary", {"input": [value], "other": [mean]}, value.sizes, function="sub")
+    squares = read.add("binary", {"input": [rest], "other": [rest]}, value.sizes, function="mul")
+    options = {"dims": which, "keepdim": keepdim, "correction": correction}
+    made = read.add("mean", {"input": [squares]}, _sizes(node), **options)
+    if node.target in (_aten.std.dim, _aten.std.correction):
+        made = read.add("unary", {"input": [made]}, _sizes(node), function="sqrt")
+    read.finish(node, made)
+
+
 # ---- what moves elements --------------------------------------------------------------------------------------------
 
 

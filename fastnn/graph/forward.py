@@ -147,7 +147,8 @@ class FusedModule(Fused):
             return self
         if isinstance(caller, nn.Module) and caller.__dict__.get("forward") is self:
             is_copy = caller.__dict__.get(TOKEN) is self.token
-            return type(self)(caller, self.left_by_mode) if is_copy else self  # another module may call this one's forward
+            # (Another module may call this one's forward.)
+            return type(self)(caller, self.left_by_mode) if is_copy else self
         holders = [one for one in gc.get_referrers(self.token) if isinstance(one, dict) and one.get("forward") is self]
         if len(holders) > 1 or (holders and holders[0] is not self.module.__dict__):
             raise RuntimeError(

@@ -924,18 +924,101 @@ def _sum(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = Fals
 def _add_mean(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool, dtype: Any, sums: bool) -> None:
     if dtype is not None:
         raise NotANetworkError("a mean or a sum has a dtype of its own")
+    read.add(node, "mean", {"input": [read.data(x)]}, dims=_dims_given(dim), keepdim=bool(keepdim), sums=sums)
+
+
+def _dims_given(dim: Any) -> list[int]:
+    """The dimensions that a reduction names; none where it goes over all."""
     dims = [] if dim is None else [dim] if type(dim) is int else list(dim)
     if not all(type(one) is int for one in dims):
-        raise NotANetworkError("a mean or a sum goes over dimensions that a call gives")
-    read.add(node, "mean", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim), sums=sums)
+        raise NotANetworkError("a reduction goes over dimensions that a call gives")
+    return dims
+
+
+@row(torch.norm, "norm")
+def _norm(
+    read: Reader, node: Node, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> None:
+    _check_dtype(dtype)
+    _add_norm(read, node, read.data(x), 2.0 if p in ("fro", None) else p, _dims_given(dim), keepdim)
+
+
+@row(torch.linalg.vector_norm)
+def _vector_norm(
+    read: Reader, node: Node, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> None:
+    _check_dtype(dtype)
+    _add_norm(read, node, read.data(x), ord, _dims_given(dim), keepdim)
+
+
+@row(torch.linalg.norm)
+def _linalg_norm(
+    read: Reader, node: Node, x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> None:
+    _check_dtype(dtype)
+    if ord is not None and type(dim) is not int:
+        raise NotANetworkError("a norm may be a matrix's")
+    _add_norm(read, node, read.data(x), 2.0 if ord is None else ord, _dims_given(dim), keepdim)
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None:
+        raise NotANetworkError("a norm has a dtype of its own")
+
+
+def _add_norm(read: Reader, node: Node | None, x: Value, p: Any, dims: Sequence[int], keepdim: bool) -> Value:
+    """Adds the Euclidean norm, or the sum of the magnitudes (p = 1), over some dimensions."""
+    if p not in (1, 2) or isinstance(p, bool):
+        raise NotANetworkError(f"a norm is of degree {p}")
+    options = {"dims": list(dims), "keepdim": bool(keepdim), "sums": True}
+    if p == 1:
+        magnitudes = read.add(None, "unary", {"input": [x]}, function="abs")
+        return read.add(node, "mean", {"input": [magnitudes]}, **options)
+    squares = read.add(None, "binary", {"input": [x], "other": [x]}, function="mul")
+    sums = read.add(None, "mean", {"input": [squares]}, **options)
+    return read.add(node, "unary", {"input": [sums]}, function="root")
+
+
+@row(F.normalize)
+def _normalize(read: Reader, node: Node, x: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> None:
+    value = read.data(x)
+    norm = read.add(None, "clamp", {"input": [_add_norm(read, None, value, p, _dims_given(dim), True)]}, min=float(eps))
+    read.add(node, "binary", {"input": [value], "other": [norm]}, function="div")
+
+
+@row(torch.var, "var")
+def _var(
+    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+    correction: Any = None,
+) -> None:  # fmt: skip
+    _add_variance(read, node, x, dim, unbiased, keepdim, correction)
+
+
+@row(torch.std, "std")
+def _std(
+    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+    correction: Any = None,
+) -> None:  # fmt: skip
+    variance = _add_variance(read, None, x, dim, unbiased, keepdim, correction)
+    read.add(node, "unary", {"input": [variance]}, function="root")
+
+
+def _add_variance(
+    read: Reader, node: Node | None, x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any
+) -> Value:
+    if type(dim) is bool:  # x.var(False)
+        dim, unbiased = None, dim
+    less = float(unbiased) if correction is None else float(correction)
+    value, dims = read.data(x), _dims_given(dim)
+    mean = read.add(None, "mean", {"input": [value]}, dims=dims, keepdim=True)
+    rest = read.add(None, "binary", {"input": [value], "other": [mean]}, function="sub")
+    squares = read.add(None, "binary", {"input": [rest], "other": [rest]}, function="mul")
+    return read.add(node, "mean", {"input": [squares]}, dims=dims, keepdim=bool(keepdim), correction=less)
 
 
 @row(torch.amax, "amax")
 def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False) -> None:
-    dims = [dim] if type(dim) is int else list(dim)
-    if not all(type(one) is int for one in dims):
-        raise NotANetworkError("a maximum goes over dimensions that a call gives")
-    read.add(node, "amax", {"input": [read.data(x)]}, dims=dims, keepdim=bool(keepdim))
+    read.add(node, "amax", {"input": [read.data(x)]}, dims=_dims_given(dim), keepdim=bool(keepdim))
 
 
 @row(torch.max, "max")

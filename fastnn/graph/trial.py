@@ -77,7 +77,7 @@ class _Trial:
                 if isinstance(fused, FusedForward):
                     fused.forget()
                     if model is single:
-                        fused.left_by_mode = dict.fromkeys((True, False), {**fused.left, STRETCHES: ""})
+                        fused.left_by_mode = {mode: {**fused.left, STRETCHES: ""} for mode in (True, False)}
         models = (twin, single, stock)
         parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in models}
 

@@ -202,8 +202,18 @@ def _amax(line: TextLine, taken: Taken) -> list[Tensor]:
 
 def _mean(line: TextLine, taken: Taken) -> list[Tensor]:
     x = _one(taken, "input")
-    reduce = torch.sum if line["sums"] else torch.mean
-    return [reduce(x, line["dims"] or list(range(x.dim())), line["keepdim"])]
+    dims = line["dims"] or list(range(x.dim()))
+    if not line["sums"] and line["correction"]:
+        count = prod(x.shape[d] for d in dims)
+        return [x.sum(dims, line["keepdim"]) / max(0.0, count - line["correction"])]
+    return [(torch.sum if line["sums"] else torch.mean)(x, dims, line["keepdim"])]
+
+
+def _unary(line: TextLine, taken: Taken) -> list[Tensor]:
+    x = _one(taken, "input")
+    if line["function"] == "root":
+        return [torch.where(x == 0, x, torch.where(x == 0, 1.0, x).sqrt())]
+    return [getattr(torch, line["function"])(x)]
 
 
 def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
@@ -320,7 +330,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
     "clamp": lambda line, taken: [_one(taken, "input").clamp(line["min"], line["max"])],
     "prelu": lambda line, taken: [F.prelu(_one(taken, "input"), _one(taken, "weight").flatten())],
-    "unary": lambda line, taken: [getattr(torch, line["function"])(_one(taken, "input"))],
+    "unary": _unary,
     "binary": _binary,
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],

@@ -57,8 +57,10 @@ class ClampLayer : public UnaryLayer<T> {
   Activation bounds_;
 };
 
-// The functions of an element that torch computes. X(name): torch's name of the function.
-#define FASTNN_FOR_EACH_UNARY(X) X(abs) X(sqrt) X(rsqrt) X(log) X(log1p)
+// The functions of an element that torch computes. X(name): torch's name of the function. But `root` is the square root
+// that ends a norm: its derivative at 0 is taken to be 0.
+#define FASTNN_FOR_EACH_UNARY(X) \
+  X(abs) X(sqrt) X(rsqrt) X(log) X(log1p) X(expm1) X(erf) X(atan) X(sign) X(root)
 enum class UnaryKind : int32_t {
 #define FASTNN_ENUMERATOR(name) name,
   FASTNN_FOR_EACH_UNARY(FASTNN_ENUMERATOR)
@@ -74,8 +76,8 @@ inline UnaryKind unary_kind(const ProgramLine& line) {
 }
 // The name of torch's operator that computes the line's function.
 inline std::string stock_unary_name(const ProgramLine& line) {
-  unary_kind(line);  // Raises for a name that is none of those above.
-  return "aten::" + std::string(line.text("function"));
+  const bool is_root = unary_kind(line) == UnaryKind::root;  // Raises for a name that is none of those above.
+  return "aten::" + std::string(is_root ? "sqrt" : line.text("function"));
 }
 
 template <class T>

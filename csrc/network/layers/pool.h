@@ -308,11 +308,13 @@ class ReductionLayer : public Layer<T> {
   int64_t rank_;
 };
 
-// The mean or the sum over some dimensions.
+// The mean or the sum over some dimensions. A mean may divide by so many elements less as `correction` says, as the
+// mean of squares in a variance does.
 template <class T>
 class MeanLayer : public ReductionLayer<T> {
  public:
-  MeanLayer(const ProgramLine& line, const Weights<T>&) : ReductionLayer<T>(line), sums_(line.flag("sums")) {}
+  MeanLayer(const ProgramLine& line, const Weights<T>&)
+      : ReductionLayer<T>(line), sums_(line.flag("sums")), correction_(line.real("correction")) {}
 
   void run(const LayerCall<T>& call) const override {
     const auto& kernels = elementwise_kernels().get<T>();
@@ -358,7 +360,7 @@ class MeanLayer : public ReductionLayer<T> {
       outer *= inner;
       inner = 1;
     }
-    const T factor = sums_ ? T(1) : static_cast<T>(1.0 / static_cast<double>(rows));
+    const T factor = sums_ ? T(1) : static_cast<T>(1.0 / divisor(rows, correction_));
     T* const to = call.output(0);
     parallel_range(outer, static_cast<double>(rows * inner), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -372,8 +374,14 @@ class MeanLayer : public ReductionLayer<T> {
     });
   }
 
+  // What a mean of so many elements divides by.
+  static double divisor(int64_t elements, double correction) {
+    return std::max(0.0, static_cast<double>(elements) - correction);
+  }
+
  private:
   bool sums_;
+  double correction_;
 };
 
 // The largest element over some dimensions, by torch. `ties` says what backward does where several are the largest:
@@ -424,7 +432,12 @@ inline LayerEntry amax_entry() {
 }
 inline LayerEntry mean_entry() {
   return layer_entry<MeanLayer>(
-      "mean", {"input"}, {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"sums", "bool", "0"}, {"rank", "int", "0"}});
+      "mean", {"input"},
+      {{"dims", "ints", ""},
+       {"keepdim", "bool", "0"},
+       {"sums", "bool", "0"},
+       {"correction", "float", "0"},
+       {"rank", "int", "0"}});
 }
 
 }  // namespace fastnn

@@ -117,6 +117,30 @@ class FunctionTraining : public UnaryTraining<T> {
         return combined<T>(BinaryKind::div, gradient, x);
       case UnaryKind::log1p:
         return combined<T>(BinaryKind::div, gradient, combined<T>(BinaryKind::add, x, T(1), false));
+      case UnaryKind::expm1:
+        return combined<T>(BinaryKind::mul, gradient, combined<T>(BinaryKind::add, output_, T(1), false));
+      case UnaryKind::erf: {
+        constexpr double kTwoOverRootPi = 1.1283791670955126;
+        const Tensor bell = stock("aten::exp", "", stock("aten::neg", "", combined<T>(BinaryKind::mul, x, x)));
+        return combined<T>(BinaryKind::mul, combined<T>(BinaryKind::mul, gradient, bell), T(kTwoOverRootPi), false);
+      }
+      case UnaryKind::atan: {
+        const Tensor square = combined<T>(BinaryKind::mul, x, x);
+        return combined<T>(BinaryKind::div, gradient, combined<T>(BinaryKind::add, square, T(1), false));
+      }
+      case UnaryKind::sign: {
+        Tensor zeros = new_like<T>(x);
+        std::fill_n(mutable_data<T>(zeros), zeros.numel(), T(0));
+        return zeros;
+      }
+      case UnaryKind::root: {
+        const Tensor own = dense(gradient), root = dense(output_);
+        Tensor result = new_tensor(sizes_of(x), kDtypeOf<T>);
+        const T *const grad = data<T>(own), *const y = data<T>(root);
+        T* const to = mutable_data<T>(result);
+        for (int64_t i = 0; i < result.numel(); ++i) to[i] = y[i] == T(0) ? T(0) : grad[i] / (2 * y[i]);
+        return result;
+      }
     }
     fail("there is no such function");
   }

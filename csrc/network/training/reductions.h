@@ -22,6 +22,7 @@ class MeanTraining : public UnaryTraining<T> {
         dims_(line.integers("dims", -16, 15)),
         keeps_(line.flag("keepdim")),
         sums_(line.flag("sums")),
+        correction_(line.real("correction")),
         rank_(line.integer("rank", 0, 16)) {}
   void forward(Tensor* outputs) override {
     const Ints sizes = sizes_of(this->input());
@@ -37,18 +38,23 @@ class MeanTraining : public UnaryTraining<T> {
       count_ = checked_product(count_, std::exchange(size, 1));
     }
     const std::optional<ScalarType> same;
-    outputs[0] = sums_ ? stock("aten::sum", "dim_IntList", this->input(), std::optional<Ints>(dims), keeps_, same)
-                       : stock("aten::mean", "dim", this->input(), std::optional<Ints>(dims), keeps_, same);
+    const bool is_plain_mean = !sums_ && correction_ == 0;
+    outputs[0] = stock(is_plain_mean ? "aten::mean" : "aten::sum", is_plain_mean ? "dim" : "dim_IntList", this->input(),
+                       std::optional<Ints>(dims), keeps_, same);
+    if (!sums_ && !is_plain_mean) outputs[0] = combined<T>(BinaryKind::div, outputs[0], divisor(), false);
   }
   Tensor gradient_of(const Tensor& gradient) override {
     Tensor own = reshaped(gradient, kept_sizes_);
-    if (!sums_) own = combined<T>(BinaryKind::div, own, static_cast<T>(count_), false);
+    if (!sums_) own = combined<T>(BinaryKind::div, own, divisor(), false);
     return stock("aten::expand", "", own, sizes_of(this->input()), false);
   }
 
  private:
+  T divisor() const { return static_cast<T>(MeanLayer<T>::divisor(count_, correction_)); }
+
   Ints dims_, kept_sizes_;
   bool keeps_, sums_;
+  double correction_;
   int64_t rank_, count_ = 1;
 };
 
