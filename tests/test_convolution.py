@@ -91,11 +91,45 @@ DEPTHWISE: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, int, int]
 @pytest.mark.parametrize("name", DEPTHWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_depthwise(name: str, dtype: torch.dtype, instruction_set: str) -> None:
-    sizes, outputs, kernel, stride, padding, dilation = DEPTHWISE[name]
-    dims, groups = len(kernel), sizes[1]
+    sizes, outputs, kernel, *settings = DEPTHWISE[name]
+    for algorithms, memory_format in check_values(sizes, outputs, kernel, *settings, sizes[1], dtype):
+        is_stock = memory_format == torch.channels_last and max(kernel) == 3
+        assert not sizes[0] or is_stock or "depthwise" in algorithms
+
+
+# The same of images that have few channels.
+FEW: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, int, int]] = {
+    "long kernel": ((3, 1, 5, 40), 8, (1, 24), 1, (0, 11), 1),
+    "tall kernel, few outputs": ((2, 2, 33, 9), 3, (17, 3), 1, 0, 1),
+    "many outputs": ((2, 3, 19, 18), 37, (3, 3), 1, 1, 1),
+    "dilated": ((2, 4, 15, 16), 17, (5, 3), 1, 2, 2),
+    "1-d": ((3, 2, 70), 6, (16,), 1, 8, 1),
+    "3-d": ((2, 3, 5, 8, 7), 5, (2, 3, 3), 1, 1, 1),
+    "stride of 2": ((2, 3, 17, 16), 16, (3, 3), 2, 1, 1),
+    "one pixel": ((3, 4, 1, 1), 20, (3, 3), 1, 1, 1),
+    "no images": ((0, 3, 5, 5), 20, (3, 3), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_channels(name: str, dtype: torch.dtype, instruction_set: str) -> None:
+    sizes, outputs, kernel, stride, *settings = FEW[name]
+    for (forward, backward), memory_format in check_values(sizes, outputs, kernel, stride, *settings, 1, dtype):
+        if sizes[0] and memory_format == torch.contiguous_format:
+            assert forward != "stock"
+            assert backward == "taps" or stride > 1
+
+
+def check_values(
+    sizes: tuple[int, ...], outputs: int, kernel: tuple[int, ...], stride: int, padding: Any, dilation: int, groups: int,
+    dtype: torch.dtype,
+) -> list[tuple[tuple[str, str], torch.memory_format]]:  # fmt: skip
+    """Compares values and gradients with stock's in float64 -> the algorithms in each memory format."""
+    dims, seen = len(kernel), []
     flat = flat_geometry(dims, stride, padding, dilation, groups, 1, None, 0, 1, False)
     assert flat is not None
-    tensors = [torch.randn(sizes), torch.randn(outputs, 1, *kernel), torch.randn(outputs)]
+    tensors = [torch.randn(sizes), torch.randn(outputs, sizes[1] // groups, *kernel), torch.randn(outputs)]
     function = getattr(F, f"conv{dims}d")
     expected = function(*tensors, stride, padding, dilation, groups)
     grad = torch.randn_like(expected)
@@ -117,24 +151,25 @@ def test_depthwise(name: str, dtype: torch.dtype, instruction_set: str) -> None:
                     alone = RAW_BACKWARD(given.to(dtype), *own[:2], flat, False, True, False)
                 for a, b, c in zip(ours, theirs, exact, strict=True):
                     assert_close_to_reference(a, b, c)
-                torch.testing.assert_close(alone[1], ours[2], rtol=0, atol=0)
+                assert_close_to_reference(alone[1], theirs[2], exact[2])
                 assert not alone[0].numel()
                 assert not alone[2].numel()
             assert ours[0].stride() == theirs[0].stride()
-            if sizes[0]:
-                assert "depthwise" in ALGORITHM(*own, flat) or (memory_format, max(kernel)) == (formats[-1], 3)
+        seen.append((ALGORITHM(*own, flat), memory_format))
+    return seen
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("of", [0, 1, 2])
-def test_special_values_in_depthwise_convolutions(special: float, of: int, instruction_set: str) -> None:
-    flat = flat_geometry(2, 1, 3, 1, 18, 1, None, 0, 1, False)
-    tensors = [torch.randn(2, 18, 9, 8), torch.randn(18, 1, 7, 7), torch.randn(2, 18, 9, 8)]
+@pytest.mark.parametrize(("channels", "groups"), [(18, 18), (2, 1)])
+def test_special_values(channels: int, groups: int, special: float, of: int, instruction_set: str) -> None:
+    flat = flat_geometry(2, 1, 3, 1, groups, 1, None, 0, 1, False)
+    tensors = [torch.randn(2, channels, 9, 8), torch.randn(18, channels // groups, 7, 7), torch.randn(2, 18, 9, 8)]
     tensors[of][1, 0, 2, 1] = special
 
     def outputs(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
         x, weight = x.requires_grad_(), weight.requires_grad_()
-        result = F.conv2d(x, weight, padding=3, groups=18)
+        result = F.conv2d(x, weight, padding=3, groups=groups)
         return [result, *torch.autograd.grad(result, (x, weight), grad)]
 
     ours = [RAW(tensors[0], tensors[1], None, flat), *RAW_BACKWARD(tensors[2], *tensors[:2], flat, True, True, False)]

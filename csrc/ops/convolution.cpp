@@ -1,5 +1,6 @@
 // A convolution that has no ReLU and no pool, for example because a batch norm follows: forward and backward. Training
 // steps call the functions; torch.ops.fastnn.convolution and convolution_backward are the same for a user's model.
+#include "../kernels/conv/machine.h"
 #include "conv_forward.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
@@ -15,9 +16,9 @@ bool is_depthwise(const ConvPoolGeometry& g) {
   return g.groups > 1 && g.in_channels == 1;
 }
 
-// The algorithm of forward: ours by Winograd and for depthwise convolutions, else torch's. Without a ReLU or a pool,
-// whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's speed
-// (measured).
+// The algorithm of forward: ours by Winograd, for depthwise convolutions, and for few channels, else torch's. Without a
+// ReLU or a pool, whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's
+// speed (measured).
 template <class T>
 ForwardAlgorithm choose_forward(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
   const ConvPoolGeometry& g = problem.geometry;
@@ -25,7 +26,8 @@ ForwardAlgorithm choose_forward(const ConvPoolProblem& problem, const Tensor& in
   const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
   const ForwardAlgorithm chosen = plan_for(key).algorithm;
   // Images of one pixel are left to torch, whose result has strides of its own then.
-  const bool is_ours = chosen == ForwardAlgorithm::winograd || (is_depthwise(g) && g.pixels() > 1);
+  const bool is_ours = chosen == ForwardAlgorithm::winograd || (is_depthwise(g) && g.pixels() > 1) ||
+                       (g.groups == 1 && g.in_channels < tuned::kFewChannels && !is_channels_last(input));
   return is_ours ? chosen : ForwardAlgorithm::stock;
 }
 
@@ -52,7 +54,9 @@ std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem
   ConvBackward<T> call = backward_call<T>(problem.geometry, dense.tensor, images, taps);
   call.output_layout = dense.layout;
   call.plan = &plan;
-  if (by_winograd && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) return std::nullopt;
+  const bool by_taps = plan.algorithm == BackwardAlgorithm::taps;
+  if ((by_winograd || by_taps) && !kernels.is_moderate(call)) return std::nullopt;
+  if (by_winograd && !kernels.gradient_is_moderate(call)) return std::nullopt;
   ConvGradients gradients = empty_gradients(input, weight, wanted);
   if (by_winograd) {
     gradients_by_winograd(kernels, call, problem.work, wanted, gradients);

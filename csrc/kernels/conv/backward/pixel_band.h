@@ -1,5 +1,5 @@
 // A band of the gradient of the convolution's output with pixels in the lanes: [output channel][pixel], and zeros where
-// no window has its winner. A pooled pixel costs a scalar store.
+// no window has its winner. A pooled pixel costs a scalar store. Where nothing is pooled, each pixel has its gradient.
 #pragma once
 
 #include "sums.h"
@@ -42,8 +42,9 @@ class PixelBand {
     const int64_t first = first_of(box), count = span(box);
     C* to = memory_ + o * step_;
     fill_zeros(to, round_up(count, kLanes<C>));
-    const ConvBox windows = windows_of(g_, box);
     const ConvLayout& gl = call_.output_layout;
+    if (!call_.winners) return fill_dense(call_.grad_output + image * gl.n + channel * gl.c, box, to - first);
+    const ConvBox windows = windows_of(g_, box);
     const ConvLayout& wl = call_.winners_layout;
     const T* gradients = call_.grad_output + image * gl.n + channel * gl.c;
     const uint8_t* winners = call_.winners + image * wl.n + channel * wl.c;
@@ -77,6 +78,22 @@ class PixelBand {
   }
 
  private:
+  // The same where nothing is pooled. `to` is where pixel 0 would be.
+  void fill_dense(const T* gradients, const ConvBox& box, C* to) const {
+    const ConvLayout& layout = call_.output_layout;
+    for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
+      for (int64_t y = box.first[1]; y < box.last[1]; ++y) {
+        const T* const from = gradients + z * layout.d[0] + y * layout.d[1] + box.first[2] * layout.d[2];
+        C* const row = to + number_of(z, y, box.first[2]);
+        if (layout.d[2] == 1) {
+          copy_run(from, box.size(2), row);
+        } else {
+          for (int64_t x = 0; x < box.size(2); ++x) row[x] = to_compute(from[x * layout.d[2]]);
+        }
+      }
+    }
+  }
+
   // The windows of a row, which have two columns each, of which both columns lie in the box.
   Range whole_pairs(const ConvBox& box) const {
     const int64_t first = larger(0, divide_up(box.first[2] + g_.pool_padding[2], 2));

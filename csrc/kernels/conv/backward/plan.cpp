@@ -245,6 +245,16 @@ bool taps_pay(const Planner& p) {
   return cost < winners_cost(p, false);
 }
 
+// Whether they pay where each pixel has a gradient. Torch's library works with blocks of channels. It is slow for the
+// gradient of images of fewer channels; for the weight's alone it has kernels of its own, but for few output channels
+// and long kernels.
+bool dense_taps_pay(const Planner& p) {
+  const ConvPoolGeometry& g = p.g;
+  if (g.groups > 1 || g.in_channels >= tuned::kFewChannels || p.request.input_channels_last) return false;
+  if (p.request.exact || !taps_apply(g)) return false;
+  return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > tuned::kLongKernel;
+}
+
 // ---- winograd -------------------------------------------------------------------------------------------------------
 
 bool winograd_applies(const ConvPoolGeometry& g, const BackwardRequest& request) {
@@ -392,6 +402,7 @@ ConvBackwardPlan plan_backward(const ConvPoolGeometry& g, const BackwardRequest&
   };
   if (takes(BackwardAlgorithm::winograd, winograd_applies(g, request) && winograd_pays(p))) return plan_winograd(p);
   if (takes(BackwardAlgorithm::depthwise, request.dense && dense_depthwise_pays(p))) return plan_depthwise(p);
+  if (request.dense && request.algorithm < 0 && dense_taps_pay(p)) return plan_taps(p);
   if (takes(BackwardAlgorithm::stock, request.dense || stock_pays(p))) return plan_stock(p);
   if (takes(BackwardAlgorithm::depthwise, g.in_channels == 1 && depthwise_pays(p))) return plan_depthwise(p);
   if (takes(BackwardAlgorithm::taps, taps_apply(g) && !request.exact && taps_pay(p))) return plan_taps(p);

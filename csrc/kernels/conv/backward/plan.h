@@ -118,7 +118,7 @@ struct BackwardRequest {
   int64_t element_bytes;  // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last;
   bool both;          // the gradients of input and weight are wanted
-  bool dense;         // there are no winners, each conv pixel has a gradient: winograd, depthwise or stock
+  bool dense;         // there are no winners, each conv pixel has a gradient: winograd, depthwise, taps or stock
   bool exact;         // elements may be infinite: no algorithm that multiplies them by zeros or transforms them
   int32_t algorithm;  // the algorithm to take, or -1 to choose one
 };
