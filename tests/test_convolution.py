@@ -122,8 +122,8 @@ def test_few_channels(name: str, dtype: torch.dtype, instruction_set: str) -> No
 
 
 def check_values(
-    sizes: tuple[int, ...], outputs: int, kernel: tuple[int, ...], stride: int, padding: Any, dilation: int, groups: int,
-    dtype: torch.dtype,
+    sizes: tuple[int, ...], outputs: int, kernel: tuple[int, ...], stride: int, padding: Any, dilation: int,
+    groups: int, dtype: torch.dtype,
 ) -> list[tuple[tuple[str, str], torch.memory_format]]:  # fmt: skip
     """Compares values and gradients with stock's in float64 -> the algorithms in each memory format."""
     dims, seen = len(kernel), []
