@@ -422,12 +422,17 @@ def _gather(b: _Builder) -> None:
     x = b.pick((2, 3, 4, 5))
     if x is None or min(x.sizes) < 1:
         return
-    kind, rank = b.random.choice(("index_select", "flip", "roll", "border")), len(x.sizes)
+    kinds, rank = ("index_select", "flip", "roll", "border", "channel_shuffle"), len(x.sizes)
+    kind = b.random.choice(kinds)
     dims, sizes = b.random.sample(range(rank), b.random.randint(1, rank)), [*x.sizes]
     if kind == "flip":
         b.add("flip", {"input": [x]}, sizes, dims=[d - rank * b.random.randint(0, 1) for d in dims])
     elif kind == "roll":
         b.add("roll", {"input": [x]}, sizes, shifts=[b.random.randint(-9, 9) for _ in dims], dims=dims)
+    elif kind == "channel_shuffle":
+        groups = b.random.choice([one for one in range(1, sizes[1] + 1) if sizes[1] % one == 0])
+        if rank > 2:
+            b.add("channel_shuffle", {"input": [x]}, sizes, groups=groups)
     elif kind == "index_select":
         first = b.random.randrange(rank)
         many, count = b.random.randint(1, min(2, rank - first)), b.random.randint(1, 6)

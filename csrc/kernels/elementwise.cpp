@@ -181,8 +181,9 @@ void copy_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T
   }
 }
 
-// What a vector is too long for is added by four values and by one, not under a mask: a processor takes a masked access
-// for a whole vector's, so that the loads of a short run would wait for the stores of the run before it.
+// The rest of a run, which fills no vector, is added four values at a time, and then one by one. There is no mask,
+// because a processor takes a masked access for one of the whole vector: the loads of a short run would wait for the
+// stores of the run before it.
 template <class T>
 void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step) {
   for (int64_t r = 0; r < runs; ++r, from += from_step, to += to_step) {

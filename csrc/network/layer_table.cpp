@@ -64,6 +64,7 @@ const std::vector<LayerEntry>& layer_entries() {
         index_select_entry(),
         flip_entry(),
         roll_entry(),
+        channel_shuffle_entry(),
         border_entry(),
     };
     for (LayerEntry& entry : training_entries()) all.push_back(std::move(entry));

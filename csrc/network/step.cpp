@@ -156,12 +156,13 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
                      double* value) {
   const Tensor dense_output = dense(output), dense_target = dense(target);
   const Ints sizes = sizes_of(output);
+  const int64_t columns = sizes.empty() ? 1 : sizes.back();
   Tensor gradient = new_tensor(sizes, kDtypeOf<T>);
   const T* weights = nullptr;
   Tensor dense_weight;
   if (weight) {
     check_plain(*weight, kOp, "weight");
-    const int64_t classes = loss.kind == LossKind::cross_entropy && sizes.size() > 1 ? sizes[1] : sizes.back();
+    const int64_t classes = loss.kind == LossKind::cross_entropy && sizes.size() > 1 ? sizes[1] : columns;
     FASTNN_CHECK(weight->scalar_type() == kDtypeOf<T> && weight->dim() == 1 && weight->numel() == classes, kOp,
                  ": expected a weight of ", classes, " elements, in one dimension, of the output's dtype");
     check_memory(*weight, kOp, "weight");
@@ -184,7 +185,7 @@ Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& targe
     const double count = static_cast<double>(output.numel());
     const double sum = update_kernels().get<T>().loss(loss.kind, loss.number, loss.mean ? 1 / count : 1.0,
                                                       output.numel(), data<T>(dense_output), data<T>(dense_target),
-                                                      weights, sizes.back(), mutable_data<T>(gradient));
+                                                      weights, columns, mutable_data<T>(gradient));
     *value = loss.mean ? sum / count : sum;
   }
   return gradient;

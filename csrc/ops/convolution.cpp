@@ -40,8 +40,8 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
-// The gradients by our kernels. Returns nothing where torch's are as fast, or where elements are so large that the
-// transforms of Winograd could overflow.
+// The gradients by our kernels. Returns nothing where torch's are as fast, or where elements are not finite or so large
+// that the transforms of Winograd could overflow.
 template <class T>
 std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem, const Tensor& gradient,
                                                   const Tensor& input, const Tensor& weight, const Wanted& wanted) {
@@ -54,9 +54,10 @@ std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem
   ConvBackward<T> call = backward_call<T>(problem.geometry, dense.tensor, images, taps);
   call.output_layout = dense.layout;
   call.plan = &plan;
-  const bool by_taps = plan.algorithm == BackwardAlgorithm::taps;
-  if ((by_winograd || by_taps) && !kernels.is_moderate(call)) return std::nullopt;
-  if (by_winograd && !kernels.gradient_is_moderate(call)) return std::nullopt;
+  const bool by_taps = plan.algorithm == BackwardAlgorithm::taps;  // which multiplies by zeros
+  if ((by_winograd || by_taps) && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) {
+    return std::nullopt;
+  }
   ConvGradients gradients = empty_gradients(input, weight, wanted);
   if (by_winograd) {
     gradients_by_winograd(kernels, call, problem.work, wanted, gradients);

@@ -1099,7 +1099,7 @@ def _index(read: Reader, node: Node, x: Any, indices: Any) -> None:
         raise NotALayerError("has indices that are broadcast")
     numbers = [number for one in every for number in one.flatten().tolist()]
     sizes = [*value.sizes[: chosen[0]], every[0].numel(), *value.sizes[chosen[-1] + 1 :]]
-    inputs = {"input": [value]}
+    inputs = {"input": [value]}  # of which the neighbouring dimensions that have an index become one
     value = read.add("index_select", inputs, sizes, dim=chosen[0], dims=len(every), index=numbers)
     read.finish(node, value if every[0].dim() == 1 else read.reshape(value, _sizes(node)))
 
@@ -1125,12 +1125,7 @@ def _roll(read: Reader, node: Node, x: Any, shifts: Any, dims: Any = ()) -> None
 
 @_row(_aten.channel_shuffle.default)
 def _channel_shuffle(read: Reader, node: Node, x: Any, groups: int) -> None:
-    value = read.data(x)
-    count, channels, *image = value.sizes
-    each = channels // groups
-    parts = read.add("unflatten", {"input": [value]}, [count, groups, each, *image], dim=1, sizes=[groups, each])
-    turned = read.add("transpose", {"input": [parts]}, [count, each, groups, *image], first=1, second=2)
-    read.finish(node, read.reshape(turned, _sizes(node)))
+    read.finish(node, read.add("channel_shuffle", {"input": [read.data(x)]}, _sizes(node), groups=groups))
 
 
 @_row(

@@ -817,6 +817,8 @@ def _add_pad(read: Reader, node: Node, x: Any, pad: Any, mode: str, value: Any) 
         raise NotANetworkError("a padding takes elements away, or depends on sizes")
     if mode == "constant":
         read.add(node, "pad", {"input": [read.data(x)]}, padding=list(pad), value=float(value or 0.0))
+    elif value:
+        raise NotANetworkError(f"a padding of {mode} has a value")
     else:
         read.add(node, "border", {"input": [read.data(x)]}, padding=list(pad), mode=mode)
 
@@ -824,10 +826,17 @@ def _add_pad(read: Reader, node: Node, x: Any, pad: Any, mode: str, value: Any) 
 # ---- other orders of elements ---------------------------------------------------------------------------------------
 
 
-@row(torch.flip, "flip")
-def _flip(read: Reader, node: Node, x: Any, *dims: Any) -> None:
-    given = dims[0] if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
-    read.add(node, "flip", {"input": [read.data(x)]}, dims=_integers(given))
+@row(torch.flip)
+def _flip(read: Reader, node: Node, x: Any, dims: Any) -> None:
+    read.add(node, "flip", {"input": [read.data(x)]}, dims=_integers(dims))
+
+
+@row("flip")
+def _flip_method(read: Reader, node: Node, x: Any, *given: Any, dims: Any = None) -> None:
+    """The method takes numbers one by one, too."""
+    if not given and dims is None:
+        raise NotANetworkError("flip has no dimensions")
+    _flip(read, node, x, dims if not given else given if type(given[0]) is int else given[0])
 
 
 @row(torch.roll, "roll")
@@ -846,9 +855,9 @@ def _integers(given: Any) -> list[int]:
 
 @row(F.channel_shuffle)
 def _channel_shuffle(read: Reader, node: Node, x: Any, groups: int) -> None:
-    parts = read.add(None, "unflatten", {"input": [read.data(x)]}, dim=1, sizes=_integers([groups, -1]))
-    turned = read.add(None, "transpose", {"input": [parts]}, first=1, second=2)
-    read.add(node, "flatten", {"input": [turned]}, start_dim=1, end_dim=2)
+    if type(groups) is not int or groups < 1:
+        raise NotANetworkError("the groups of a channel shuffle are no number")
+    read.add(node, "channel_shuffle", {"input": [read.data(x)]}, groups=groups)
 
 
 @module_row(nn.ChannelShuffle)
@@ -884,8 +893,8 @@ def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
 
 @row(torch.index_select, "index_select")
 def _index_select(read: Reader, node: Node, x: Any, dim: Any, index: Any) -> None:
-    if type(dim) is not int:
-        raise NotANetworkError("a dimension depends on sizes")
+    if type(dim) is not int or not isinstance(index, Node):
+        raise NotANetworkError("a dimension depends on sizes, or an index is no tensor")
     sizes, numbers = _indices(read, index)
     if len(sizes) != 1 or min(numbers) < 0:
         raise NotANetworkError("an index is no row of numbers")
@@ -899,7 +908,7 @@ def _add_index(read: Reader, value: Value, dim: int, indices: Sequence[Any]) -> 
     sizes = every[0][0]
     if any(other != sizes for other, _ in every):
         raise NotANetworkError("indices are broadcast")
-    numbers = [one for _, row_of_numbers in every for one in row_of_numbers]
+    numbers = [one for _, of_dimension in every for one in of_dimension]
     value = read.add(None, "index_select", {"input": [value]}, dim=dim, dims=len(every), index=numbers)
     if len(sizes) != 1:
         place = dim + len(every) - 1 if dim < 0 else dim
@@ -940,7 +949,10 @@ def _norm(
     read: Reader, node: Node, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> None:
     _check_dtype(dtype)
-    _add_norm(read, node, read.data(x), 2.0 if p in ("fro", None) else p, _dims_given(dim), keepdim)
+    dims = _dims_given(dim)
+    if p == "fro" and len(dims) > 2:
+        raise NotANetworkError("a matrix's norm goes over more than two dimensions")
+    _add_norm(read, node, read.data(x), 2.0 if p in ("fro", None) else p, dims, keepdim)
 
 
 @row(torch.linalg.vector_norm)
@@ -988,7 +1000,7 @@ def _normalize(read: Reader, node: Node, x: Any, p: float = 2.0, dim: Any = 1, e
 
 @row(torch.var, "var")
 def _var(
-    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *,
     correction: Any = None,
 ) -> None:  # fmt: skip
     _add_variance(read, node, x, dim, unbiased, keepdim, correction)
@@ -996,7 +1008,7 @@ def _var(
 
 @row(torch.std, "std")
 def _std(
-    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *,
+    read: Reader, node: Node, x: Any, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *,
     correction: Any = None,
 ) -> None:  # fmt: skip
     variance = _add_variance(read, None, x, dim, unbiased, keepdim, correction)
@@ -1006,9 +1018,13 @@ def _std(
 def _add_variance(
     read: Reader, node: Node | None, x: Any, dim: Any, unbiased: Any, keepdim: bool, correction: Any
 ) -> Value:
-    if type(dim) is bool:  # x.var(False)
+    if type(dim) is bool and unbiased is None and correction is None and not keepdim:  # x.var(False)
         dim, unbiased = None, dim
-    less = float(unbiased) if correction is None else float(correction)
+    if (unbiased is not None and correction is not None) or type(unbiased) not in (bool, type(None)):
+        raise NotANetworkError("a variance has two corrections")
+    if type(dim) is bool or (dim is not None and type(dim) is not int and not dim):
+        raise NotANetworkError("a variance goes over no dimensions")
+    less = float(correction) if correction is not None else 1.0 if unbiased is None else float(unbiased)
     value, dims = read.data(x), _dims_given(dim)
     mean = read.add(None, "mean", {"input": [value]}, dims=dims, keepdim=True)
     rest = read.add(None, "binary", {"input": [value], "other": [mean]}, function="sub")
@@ -1433,7 +1449,7 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
             dim += 0 if gone else 1
         elif i == lists[0]:
             value, dims = _add_index(read, value, dim, [steps[place] for place in lists])
-            dim += len(lists) if dim < 0 else dims
+            dim += len(lists) if dim < 0 else dims  # from the end, the dimensions behind have the numbers that they had
     if value is read.data(whole):  # x[:]
         value = read.add(None, "slice", {"input": [value]}, dim=0)
     read.values[node] = value

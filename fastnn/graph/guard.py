@@ -141,7 +141,8 @@ class Guard:
         self._functions.setdefault(id(function), _parts(function))
 
     def note_call(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> None:
-        """Notes the result of a function that takes no tensors and tells of a mode that anybody may change."""
+        """Notes the result of a function that each call of the trace calls again: it tells of a mode that anybody may
+        change, or of numbers that a module holds."""
         self._calls[function, args] = (function, args, value)
 
     def note_layer(self, module: nn.Module) -> None:

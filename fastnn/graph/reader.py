@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastnn._torch import OF_CONVOLUTIONS
 from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
@@ -271,7 +272,11 @@ class Reader:
         padding = settings["padding"]
         mode = settings.get("padding_mode", "zeros")
         if mode != "zeros":
-            around = [one for one in reversed(each_dimension(padding, layer.dims)) for _ in range(2)]
+            (name,) = OF_CONVOLUTIONS
+            around = list(getattr(layer.module, name))
+            if len(around) != 2 * layer.dims or not all(type(one) is int and one >= 0 for one in around):
+                raise NotANetworkError(f"{layer.name}'s padding is {around!r} of {mode}")
+            self.note(layer.module, name)
             inputs["input"] = [self.add(None, "border", {"input": inputs["input"]}, padding=around, mode=mode)]
             padding = 0
         if isinstance(padding, str) and layer.module is None:  # no guard notes the kernel's size
@@ -392,7 +397,7 @@ _NOT_SAVED = frozenset(
     {
         *("conv", "conv_transpose", "batch_norm", "linear", "embedding", "binary", "layer_norm", "mean", "avg_pool"),
         *("max_pool", "adaptive_avg_pool", "upsample", "matmul", "cat", "pad", "noise", "group_norm", "clamp"),
-        *("repeat", "index_select", "flip", "roll", "border"),
+        *("repeat", "index_select", "flip", "roll", "channel_shuffle", "border"),
     }
 )
 

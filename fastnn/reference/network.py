@@ -306,13 +306,13 @@ def _fold(line: TextLine, taken: Taken) -> list[Tensor]:
     return [of_groups.reshape(weight.shape), shift]
 
 
-# A dropout drops nothing here.
 def _index_select(line: TextLine, taken: Taken) -> list[Tensor]:
     x, count = _one(taken, "input"), len(line["index"]) // line["dims"]
     chosen = torch.tensor(line["index"]).unflatten(0, (line["dims"], count)).unbind()
     return [x[(*[slice(None)] * (line["dim"] % x.dim()), *chosen)]]
 
 
+# A dropout drops nothing here.
 LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
@@ -358,5 +358,6 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "index_select": _index_select,
     "flip": lambda line, taken: [_one(taken, "input").flip(line["dims"])],
     "roll": lambda line, taken: [_one(taken, "input").roll(line["shifts"], line["dims"])],
+    "channel_shuffle": lambda line, taken: [F.channel_shuffle(_one(taken, "input"), line["groups"])],
     "border": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], line["mode"])],
 }

@@ -39,8 +39,8 @@ class Gathering {
     }
   }
 
-  // Calls body(place in the input, place in the output, count) for runs of elements. Several threads take different
-  // elements of the outermost dimension, where no two of them come from one place.
+  // Calls body(place in the input, place in the output, count) for runs of elements. Where the outermost dimension is
+  // whole, several threads share it, and none of them meets another's places.
   template <class Body>
   void for_each_run(const Body& body) const {
     if (loops_.size() < 2 || !loops_[0].is_whole) return walk(0, 0, 0, body);
@@ -72,7 +72,8 @@ class Gathering {
         body(first, first_to, run.count * length_);
         continue;
       }
-      for (int64_t i = 0; i < run.count; ++i) walk(loop + 1, first + i * own.from_stride, first_to + i * own.to_stride, body);
+      for (int64_t i = 0; i < run.count; ++i)
+        walk(loop + 1, first + i * own.from_stride, first_to + i * own.to_stride, body);
     }
   }
 
@@ -80,7 +81,7 @@ class Gathering {
   int64_t length_ = 1;       // elements that always lie together
 };
 
-// What the layers have in common. Each says along which dimensions its places differ.
+// What the layers have in common. Each says by `places` which places of the input it takes.
 template <class T>
 class GatherLayer : public Layer<T> {
  public:
@@ -110,14 +111,14 @@ class GatherLayer : public Layer<T> {
     const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
     const T* const from = call.input(0);
     T* const to = call.output(0);
-    gathering(input, output).for_each_run([&](int64_t source, int64_t target, int64_t count) {
-      std::copy_n(from + source, count, to + target);
+    gathering(input, output).for_each_run([&](int64_t of_input, int64_t of_output, int64_t count) {
+      std::copy_n(from + of_input, count, to + of_output);
     });
   }
-  // Adds the output's gradient to the input's, each in the format of its value.
+  // Adds the output's gradient to the input's, each in the format of its value: the way back.
   void add_gradient(const ValueType& input, const ValueType& output, const T* gradient, T* to) const {
-    gathering(input, output).for_each_run([&](int64_t target, int64_t source, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) to[target + i] += gradient[source + i];
+    gathering(input, output).for_each_run([&](int64_t of_input, int64_t of_output, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) to[of_input + i] += gradient[of_output + i];
     });
   }
 
@@ -153,7 +154,8 @@ class IndexSelectLayer : public GatherLayer<T> {
     const size_t first = dimension_of(this->line_, dim_, sizes.size());
     if (first + dims_ > sizes.size()) this->line_.refuse("an index in more dimensions than there are");
     sizes[first] = product(sizes, first, first + dims_);
-    sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(first + 1), sizes.begin() + static_cast<ptrdiff_t>(first + dims_));
+    sizes.erase(sizes.begin() + static_cast<ptrdiff_t>(first + 1),
+                sizes.begin() + static_cast<ptrdiff_t>(first + dims_));
     return sizes;
   }
   std::vector<Ints> places(const Ints& sizes) const override {
@@ -190,9 +192,10 @@ class RollLayer : public GatherLayer<T> {
     std::vector<Ints> result(sizes.size());
     for (size_t i = 0; i < dims_.size(); ++i) {
       const size_t d = dimension_of(this->line_, dims_[i], sizes.size());
-      if (!result[d].empty()) this->line_.refuse("dimension ", d, " appears twice");
+      const Ints before = std::exchange(result[d], Ints());  // where the dimension was named before: shifts add up
       for (int64_t at = 0; at < sizes[d]; ++at) {
-        result[d].push_back(((at - shifts_[i]) % sizes[d] + sizes[d]) % sizes[d]);
+        const int64_t from = ((at - shifts_[i]) % sizes[d] + sizes[d]) % sizes[d];
+        result[d].push_back(before.empty() ? from : before[static_cast<size_t>(from)]);
       }
     }
     return result;
@@ -203,17 +206,36 @@ class RollLayer : public GatherLayer<T> {
   Ints shifts_, dims_;
 };
 
+// Images whose channels, in `groups` groups, are dealt out: the first of each group, then the second of each.
+template <class T>
+class ChannelShuffleLayer : public GatherLayer<T> {
+ public:
+  ChannelShuffleLayer(const ProgramLine& line, const Weights<T>&)
+      : GatherLayer<T>(line), groups_(line.integer("groups", 1, kMostSize)) {}
+  std::vector<Ints> places(const Ints& sizes) const override {
+    FASTNN_CHECK(sizes.size() > 2, "channel_shuffle expects input with > 2 dims, but got input with sizes ",
+                 to_string(sizes));
+    FASTNN_CHECK(sizes[1] % groups_ == 0, "Number of channels must be divisible by groups. Got ", sizes[1],
+                 " channels and ", groups_, " groups.");
+    std::vector<Ints> result(sizes.size());
+    for (int64_t at = 0; at < sizes[1]; ++at) result[1].push_back(at % groups_ * (sizes[1] / groups_) + at / groups_);
+    return result;
+  }
+
+ private:
+  int64_t groups_;
+};
+
 // Dimensions in the reverse order.
 template <class T>
 class FlipLayer : public GatherLayer<T> {
  public:
-  FlipLayer(const ProgramLine& line, const Weights<T>&)
-      : GatherLayer<T>(line), dims_(line.integers("dims", -16, 15)) {}
+  FlipLayer(const ProgramLine& line, const Weights<T>&) : GatherLayer<T>(line), dims_(line.integers("dims", -16, 15)) {}
   std::vector<Ints> places(const Ints& sizes) const override {
     std::vector<Ints> result(sizes.size());
     for (const int64_t dim : dims_) {
       const size_t d = dimension_of(this->line_, dim, sizes.size());
-      if (!result[d].empty()) this->line_.refuse("dimension ", d, " appears twice");
+      FASTNN_CHECK(result[d].empty(), "dim ", d, " appears multiple times in the list of dims");
       for (int64_t at = sizes[d]; at-- > 0;) result[d].push_back(at);
     }
     return result;
@@ -231,17 +253,27 @@ class BorderLayer : public GatherLayer<T> {
  public:
   BorderLayer(const ProgramLine& line, const Weights<T>&)
       : GatherLayer<T>(line), padding_(line.integers("padding", 0, kMostPadding)), mode_(line.text("mode")) {
-    if (padding_.size() % 2) line.refuse("expected two numbers a dimension");
+    if (padding_.empty() || padding_.size() % 2) line.refuse("expected two numbers a dimension");
     if (mode_ != "reflect" && mode_ != "replicate" && mode_ != "circular") line.refuse("unknown mode ", mode_);
   }
   std::vector<Ints> places(const Ints& sizes) const override {
     std::vector<Ints> result(sizes.size());
-    FASTNN_CHECK(padding_.size() / 2 < sizes.size(), "padding of more dimensions than images of ", sizes.size(),
-                 " dimensions have");
+    const size_t dims = padding_.size() / 2, rank = sizes.size();
+    const bool has_batch = rank == dims + 2;
+    FASTNN_CHECK(has_batch || rank == dims + 1, "expected images of ", dims,
+                 " dimensions, with or without a batch, got size ", to_string(sizes));
+    for (size_t d = has_batch; d < rank && mode_ != "circular"; ++d) {
+      FASTNN_CHECK(
+          sizes[d] > 0, "Expected ", dims + 1, "D or ", dims + 2,
+          "D (batch mode) tensor with possibly 0 batch size and other non-zero dimensions for input, but got: ",
+          to_string(sizes));
+    }
     for (size_t i = 0; i < padding_.size(); i += 2) {
       const size_t d = sizes.size() - 1 - i / 2;
       const int64_t size = sizes[d], before = padding_[i], behind = padding_[i + 1], most = std::max(before, behind);
-      FASTNN_CHECK(mode_ == "replicate" ? size > 0 : mode_ == "reflect" ? most < size : most <= size,
+      FASTNN_CHECK(mode_ == "replicate" ? size > 0
+                   : mode_ == "reflect" ? most < size
+                                        : most <= size,
                    "Padding size should be less than the corresponding input dimension, but got: padding (", before,
                    ", ", behind, ") at dimension ", d, " of input ", to_string(sizes));
       for (int64_t at = -before; at < size + behind; ++at) result[d].push_back(place(at, size));
@@ -262,13 +294,17 @@ class BorderLayer : public GatherLayer<T> {
 };
 
 inline LayerEntry index_select_entry() {
-  return layer_entry<IndexSelectLayer>("index_select", {"input"}, {{"dim", "int", nullptr}, {"dims", "int", "1"}, {"index", "ints", nullptr}});
+  return layer_entry<IndexSelectLayer>("index_select", {"input"},
+                                       {{"dim", "int", nullptr}, {"dims", "int", "1"}, {"index", "ints", nullptr}});
 }
 inline LayerEntry roll_entry() {
   return layer_entry<RollLayer>("roll", {"input"}, {{"shifts", "ints", nullptr}, {"dims", "ints", nullptr}});
 }
 inline LayerEntry flip_entry() {
   return layer_entry<FlipLayer>("flip", {"input"}, {{"dims", "ints", nullptr}});
+}
+inline LayerEntry channel_shuffle_entry() {
+  return layer_entry<ChannelShuffleLayer>("channel_shuffle", {"input"}, {{"groups", "int", nullptr}});
 }
 inline LayerEntry border_entry() {
   return layer_entry<BorderLayer>("border", {"input"}, {{"padding", "ints", nullptr}, {"mode", "text", nullptr}});

@@ -295,7 +295,11 @@ class ReductionLayer : public Layer<T> {
   // Whether each dimension is reduced.
   std::vector<bool> which(size_t rank) const {
     std::vector<bool> taken(rank, dims_.empty());
-    for (const int64_t d : dims_) taken[dimension_of(line_, d, rank)] = true;
+    for (const int64_t d : dims_) {
+      const size_t dim = dimension_of(line_, d, rank);
+      FASTNN_CHECK(!taken[dim], "dim ", dim, " appears multiple times in the list of dims");
+      taken[dim] = true;
+    }
     return taken;
   }
   const Ints& dims() const { return dims_; }
@@ -431,13 +435,12 @@ inline LayerEntry amax_entry() {
       {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}, {"rank", "int", "0"}});
 }
 inline LayerEntry mean_entry() {
-  return layer_entry<MeanLayer>(
-      "mean", {"input"},
-      {{"dims", "ints", ""},
-       {"keepdim", "bool", "0"},
-       {"sums", "bool", "0"},
-       {"correction", "float", "0"},
-       {"rank", "int", "0"}});
+  return layer_entry<MeanLayer>("mean", {"input"},
+                                {{"dims", "ints", ""},
+                                 {"keepdim", "bool", "0"},
+                                 {"sums", "bool", "0"},
+                                 {"correction", "float", "0"},
+                                 {"rank", "int", "0"}});
 }
 
 }  // namespace fastnn

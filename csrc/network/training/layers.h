@@ -59,6 +59,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"index_select", make_training<IndexSelectTraining, T>},
       {"flip", make_training<FlipTraining, T>},
       {"roll", make_training<RollTraining, T>},
+      {"channel_shuffle", make_training<ChannelShuffleTraining, T>},
       {"border", make_training<BorderTraining, T>},
   };
   for (const auto& [name, make] : makers) {

@@ -282,8 +282,9 @@ class PadTraining : public UnaryTraining<T> {
   Ints padding_;
 };
 
-// index_select, flip, roll and border: the layers of inference gather, and the gradient goes back along their ways.
-// keeps_format: whether a result of images lies with channels last where the input does, as torch's does.
+// index_select, flip, roll, channel_shuffle and border: the layers of inference gather, and the gradient goes back
+// along their ways. keeps_format: whether a result of images lies with channels last where the input does, as torch's
+// does.
 template <class T, template <class> class Kind, bool keeps_format>
 class GatherTraining : public UnaryTraining<T> {
  public:
@@ -326,6 +327,8 @@ template <class T>
 using FlipTraining = GatherTraining<T, FlipLayer, true>;
 template <class T>
 using RollTraining = GatherTraining<T, RollLayer, false>;
+template <class T>
+using ChannelShuffleTraining = GatherTraining<T, ChannelShuffleLayer, false>;
 template <class T>
 using BorderTraining = GatherTraining<T, BorderLayer, true>;
 

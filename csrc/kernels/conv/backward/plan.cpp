@@ -246,8 +246,8 @@ bool taps_pay(const Planner& p) {
 }
 
 // Whether they pay where each pixel has a gradient. Torch's library works with blocks of channels. It is slow for the
-// gradient of images of fewer channels; for the weight's alone it has kernels of its own, but for few output channels
-// and long kernels.
+// gradient of images of fewer channels. For the weight's alone it has kernels of its own, except where output channels
+// are few or kernels long.
 bool dense_taps_pay(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   if (g.groups > 1 || g.in_channels >= tuned::kFewChannels || p.request.input_channels_last) return false;

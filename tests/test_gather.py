@@ -1,0 +1,133 @@
+"""Layers of networks that gather elements, and the statistics and norms beside them: what stock refuses is refused, and
+what changes between calls is seen."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnn
+
+
+class Between(nn.Module):
+    """A function between two layers of which networks are made."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before, self.function, self.after = nn.Linear(7, 7), function, after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.function(self.before(x))))
+
+
+REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a flip of one number": lambda x: torch.flip(x, 0),
+    "a flip of numbers one by one": lambda x: torch.flip(x, 0, 1),
+    "a flip of nothing": lambda x: x.flip(),
+    "a flip of a dimension twice": lambda x: x.flip(1, -3),
+    "an index that is a list": lambda x: x.index_select(1, [1]),
+    "an index beyond the tensor": lambda x: x[:, [0, 6]],
+    "channels that no group divides": lambda x: F.channel_shuffle(x, 4),
+    "channels of rows": lambda x: F.channel_shuffle(x.flatten(1), 2),
+    "a variance over a dimension twice": lambda x: x.var((1, 1)),
+    "a norm over a dimension twice": lambda x: torch.norm(x, 2, (1, -3)),
+    "a mean over a dimension twice": lambda x: x.mean((1, 1)),
+    "a variance with two corrections": lambda x: torch.var(x, 1, unbiased=True, correction=1),
+    "a variance of two flags": lambda x: torch.var(x, True, True),
+    "a matrix's norm over four dimensions": lambda x: torch.norm(x, "fro", (0, 1, 2, 3)),
+    "a border that has a value": lambda x: F.pad(x, (1, 1, 1, 1), "reflect", 1.0),
+    "a border of one dimension of images": lambda x: F.pad(x, (1, 1), "replicate"),
+    "a border of no dimension": lambda x: F.pad(x, (), "circular"),
+    "a border as wide as the image": lambda x: F.pad(x, (7, 1, 1, 1), "reflect"),
+    "a module of other dimensions": lambda x: nn.ReflectionPad1d(1)(x),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stock_refuses_is_refused(name: str) -> None:
+    x, model = torch.randn(4, 6, 5, 7), Between(REFUSED[name])
+    with pytest.raises((RuntimeError, TypeError, IndexError, NotImplementedError, ValueError)):
+        model(x)
+    fastnn.fuse(model)
+    for records in (False, True):
+        with (
+            torch.set_grad_enabled(records),
+            pytest.raises((RuntimeError, TypeError, IndexError, NotImplementedError, ValueError)),
+        ):
+            model(x)
+
+
+TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a flip by the method": lambda x: x.flip(1, -1),
+    "a flip by name": lambda x: x.flip(dims=(2,)) + torch.flip(x, dims=[1, 2]),
+    "shifts that add up": lambda x: torch.roll(x, (1, 2), (1, 1)) - x.roll(-9, 2),
+    "channels shuffled": lambda x: F.channel_shuffle(x, 3),
+    "images without a batch": lambda x: (
+        F.pad(x.mean(0), (1, 2, 0, 1), "circular") * F.pad(x.sum(0), (2, 1, 1, 0), "reflect")
+    ),
+    "a border and no value": lambda x: F.pad(x, (0, 0, 2, 1), "replicate", 0),
+    "lists behind an ellipsis": lambda x: x[..., [1, 0, -1], :] + x[:, None, [1, 1]].mean((1, 2))[:, None, :3],
+    "variances": lambda x: x - x.var(1, True, True) + x.std(False) + torch.std(x, (1, 2), correction=2, keepdim=True),
+    "norms": lambda x: x / x.norm(dim=(1, 2), keepdim=True) + torch.norm(x, 1) + torch.linalg.norm(x, 1, -1, True),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_in_all_three_ways(name: str) -> None:
+    x, model = torch.randn(4, 6, 5, 7, dtype=torch.float64), Between(TAKEN[name]).double().eval()
+    expected = model(x)
+    (of_weight,) = torch.autograd.grad(expected.square().sum(), [model.before.weight])
+    torch.testing.assert_close(fastnn.freeze(model, x)(x), expected.detach())
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected.detach())
+    step.accumulate(x, torch.zeros_like(expected).detach())
+    assert step.explain().startswith("one operator call"), step.explain()
+    torch.testing.assert_close(model.before.weight.grad * expected.numel(), of_weight)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_convolution_pads_as_it_was_made(mode: str) -> None:
+    """Later changes of `padding` do nothing; changes of the list that torch derives from it do."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    x = torch.randn(2, 3, 8, 8)
+    fused = fastnn.fuse(model)
+    with torch.no_grad():
+        for changes in ({}, {"padding": (2, 2)}, {"_reversed_padding_repeated_twice": [2, 2, 0, 1]}):
+            for name, value in changes.items():
+                setattr(model[0], name, value)
+            torch.testing.assert_close(fused(x), nn.Sequential.forward(model, x))
+        model[0]._reversed_padding_repeated_twice[0] = 1
+        torch.testing.assert_close(fused(x), nn.Sequential.forward(model, x))
+
+
+def test_a_shuffle_of_channels_comes_first() -> None:
+    model = nn.Sequential(nn.ChannelShuffle(2), nn.ReLU(), nn.Flatten(2), nn.Linear(35, 3)).eval()
+    x = torch.randn(4, 6, 5, 7)
+    torch.testing.assert_close(fastnn.freeze(model, x)(x), model(x).detach())
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), nn.MSELoss(reduction="sum")])
+@pytest.mark.parametrize("number", [torch.var, torch.std, torch.norm, torch.mean, torch.sum])
+def test_steps_of_models_that_give_one_number(loss: nn.Module, number: Callable[[Tensor], Tensor]) -> None:
+    model, x, target = Between(number), torch.randn(3, 7), torch.tensor(0.3)
+    expected = loss(model(x), target)
+    (gradient,) = torch.autograd.grad(expected, [model.before.weight])
+    step = fastnn.training_step(model, loss, torch.optim.SGD(model.parameters(), 0.0))
+    torch.testing.assert_close(step.accumulate(x, target), expected.detach())
+    torch.testing.assert_close(model.before.weight.grad, gradient)
+
+
+def test_an_infinite_gradient_stays_where_it_is() -> None:
+    """Of a convolution of few channels: it is not multiplied by the zeros around the image."""
+    model, images = nn.Conv2d(1, 8, 5, padding=(0, 3)), torch.randn(2, 1, 9, 9)
+    target = torch.zeros_like(model(images)).detach()
+    target[0, 2, 1, 0] = torch.inf
+    F.mse_loss(model(images), target).backward()
+    expected = model.weight.grad
+    model.zero_grad()
+    fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.0)).accumulate(images, target)
+    assert torch.equal(model.weight.grad.isfinite(), expected.isfinite())
+    assert torch.equal(model.weight.grad.isnan(), expected.isnan())
