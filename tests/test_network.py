@@ -236,3 +236,19 @@ conv input=v0 weight=w0 -> v1
 output input=v1"""
     with pytest.raises(RuntimeError, match="in training"):
         torch.ops.fastnn.network_with_pass([torch.randn(1, 1, 4)], [torch.randn(1, 1, 1)], text)
+
+
+@pytest.mark.parametrize("linear", [0, 1])
+def test_images_that_shrink_to_one_pixel(linear: int) -> None:
+    """One pixel is the same in both memory formats, but the image that it is made of is not."""
+    text = f"""fastnn.network 1
+input -> x sizes=:,8,8,4
+weight -> w sizes=8,8,3,3
+conv input=x weight=w -> y padding=1
+mean input=y -> like dims=2,3 keepdim=1
+upsample input=y like=like -> z sizes=0.2,0.3 linear={linear}
+output input=z"""
+    x, weight = torch.randn(3, 8, 8, 4), torch.randn(8, 8, 3, 3)
+    size = {"mode": "bilinear", "align_corners": False} if linear else {}
+    expected = F.interpolate(F.conv2d(x, weight, padding=1), (1, 1), **size)
+    assert_close(run(text, [x], [weight], list(x.shape))[0], expected, rtol=1e-4, atol=1e-4)

@@ -48,8 +48,8 @@ class UpsampleLayer : public Layer<T> {
     const int64_t rows = dims > 1 ? input.sizes[2] : 1, columns = input.sizes[1 + dims];
     const Ints& sizes = call.site.outputs[0].sizes;
     const int64_t out_rows = dims > 1 ? sizes[2] : 1, out_columns = sizes[1 + dims];
-    // An image of one pixel is the same in both formats, so the output's format counts.
-    const bool channels_last = call.site.outputs[0].channels_last();
+    // An image of one pixel is the same in both formats, so the format of the other counts.
+    const bool channels_last = is_same_order(sizes) ? input.channels_last() : call.site.outputs[0].channels_last();
     const int64_t inner = channels_last ? input.sizes[1] : 1;  // elements of a pixel that lie together
     const int64_t planes = input.sizes[0] * (channels_last ? 1 : input.sizes[1]);
     const int64_t row = columns * inner, out_row = out_columns * inner;
