@@ -271,7 +271,7 @@ class Reader:
         stride, dilation = (each_dimension(settings[name], layer.dims) for name in ("stride", "dilation"))
         padding = settings["padding"]
         mode = settings.get("padding_mode", "zeros")
-        if mode != "zeros":
+        if mode != "zeros" and layer.module is not None:  # functions pad by zeros
             (name,) = OF_CONVOLUTIONS
             around = list(getattr(layer.module, name))
             if len(around) != 2 * layer.dims or not all(type(one) is int and one >= 0 for one in around):
