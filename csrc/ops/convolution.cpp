@@ -26,8 +26,11 @@ ForwardAlgorithm choose_forward(const ConvPoolProblem& problem, const Tensor& in
   const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
   const ForwardAlgorithm chosen = plan_for(key).algorithm;
   // Images of one pixel are left to torch, whose result has strides of its own then.
-  const bool is_ours = chosen == ForwardAlgorithm::winograd || (is_depthwise(g) && g.pixels() > 1) ||
-                       (g.groups == 1 && g.in_channels < tuned::kFewChannels && !is_channels_last(input));
+  const bool depthwise_is_ours = is_depthwise(g) && g.pixels() > 1;
+  // With a stride, torch's kernels of first layers are as fast, unless fewer products are multiplied.
+  const bool few_are_ours = g.groups == 1 && g.in_channels < tuned::kFewChannels && !is_channels_last(input) &&
+                            (g.stride[2] == 1 || chosen == ForwardAlgorithm::phases);
+  const bool is_ours = chosen == ForwardAlgorithm::winograd || depthwise_is_ours || few_are_ours;
   return is_ours ? chosen : ForwardAlgorithm::stock;
 }
 
@@ -94,7 +97,8 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
     if (ours) return std::move(*ours);
     // Where the gradient or the weight has another format than the input, torch would convert it one element at a time.
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
-    const bool last = is_channels_last(input);
+    // Images of one channel are the same in both formats, so that the weight's counts.
+    const bool last = is_channels_last(input.size(1) == 1 ? weight : input);
     std::array<Tensor, 3> gradients =
         convolution_backward(in_format(kernels, gradient, last), input, in_format(kernels, weight, last),
                              stock_convolution(problem.geometry, problem.dims), wanted);
