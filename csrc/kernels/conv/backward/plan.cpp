@@ -247,12 +247,12 @@ bool taps_pay(const Planner& p) {
 
 // Whether they pay where each pixel has a gradient. Torch's library works with blocks of channels. It is slow for the
 // gradient of images of fewer channels. For the weight's alone it has kernels of its own, except where output channels
-// are few or kernels long.
+// fill no vector, or where a row of the kernel is longer than one.
 bool dense_taps_pay(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   if (g.groups > 1 || g.in_channels >= tuned::kFewChannels || p.request.input_channels_last) return false;
   if (p.request.exact || !taps_apply(g)) return false;
-  return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > tuned::kLongKernel;
+  return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > p.lanes;
 }
 
 // ---- winograd -------------------------------------------------------------------------------------------------------
