@@ -72,7 +72,7 @@ class Line:
         self.inputs[name] = [Value(tensor.shape, tensor)]
 
 
-# The functions of a "unary" line, by torch's names.
+# The functions of a "unary" line, by torch's names. (There is one more, "root", which torch has no name for.)
 UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p", "expm1", "erf", "atan", "sign")
 
 

@@ -12,7 +12,7 @@ struct PlaceRun {
   int64_t from, to, count;
 };
 
-// Which place of the input each element of the output comes from, dimension by dimension, and how to go there.
+// Which place of the input each element of the output comes from, dimension by dimension, in the longest runs.
 class Gathering {
  public:
   // places: along each dimension of the output, the places in the input; empty where they are the same.
@@ -115,7 +115,7 @@ class GatherLayer : public Layer<T> {
       std::copy_n(from + of_input, count, to + of_output);
     });
   }
-  // Adds the output's gradient to the input's, each in the format of its value: the way back.
+  // Adds the output's gradient to the input's, each in the format of its value. The places are those of `run`.
   void add_gradient(const ValueType& input, const ValueType& output, const T* gradient, T* to) const {
     gathering(input, output).for_each_run([&](int64_t of_input, int64_t of_output, int64_t count) {
       for (int64_t i = 0; i < count; ++i) to[of_input + i] += gradient[of_output + i];
@@ -174,7 +174,6 @@ class IndexSelectLayer : public GatherLayer<T> {
   }
 
  private:
-  static constexpr int64_t kFar = int64_t{1} << 40;
   int64_t dim_;
   size_t dims_;
   Ints index_;
@@ -202,7 +201,6 @@ class RollLayer : public GatherLayer<T> {
   }
 
  private:
-  static constexpr int64_t kFar = int64_t{1} << 40;
   Ints shifts_, dims_;
 };
 

@@ -7,6 +7,8 @@
 
 namespace fastnn {
 
+constexpr int64_t kFar = int64_t{1} << 40;  // beyond every index and every shift that a line may name
+
 // The sizes that a line asks for. A size is a number; or a product of numbers and of "value.dimension", which means
 // that dimension of one of the line's values `like`. The product may be divided by a number and is then rounded down:
 // "0.1*0.2", "0.-1/2". A size may be -1; what that means, the layer says. A line that names one value `like`, and no
@@ -458,7 +460,6 @@ class Selection {
   }
 
  private:
-  static constexpr int64_t kFar = int64_t{1} << 40;
   ProgramLine line_;
   int64_t dim_, index_;
 };

@@ -151,7 +151,6 @@ class SelectTraining : public UnaryTraining<T> {
   }
 
  private:
-  static constexpr int64_t kFar = int64_t{1} << 40;
   int64_t dim_, index_;
 };
 
@@ -250,6 +249,15 @@ class CatTraining : public TrainingLayer<T> {
   int64_t dim_;
 };
 
+// Runs a layer of inference, which has one input and no weight, on tensors.
+template <class T>
+void run_layer(const Layer<T>& layer, const Site<T>& site, const Tensor& from, const Tensor& to) {
+  PackedReader nothing(nullptr, 0, active_isa(), sizeof(T));
+  const void* const read[] = {data<T>(from)};
+  void* const written[] = {mutable_data<T>(to)};
+  layer.run({site, read, written, nothing});
+}
+
 // Puts a number around the elements: see PadLayer, which fills and copies.
 template <class T>
 class PadTraining : public UnaryTraining<T> {
@@ -263,10 +271,7 @@ class PadTraining : public UnaryTraining<T> {
     site.outputs.resize(1);
     layer_.set_sizes(site);
     outputs[0] = new_tensor(site.outputs[0].sizes, kDtypeOf<T>);
-    PackedReader nothing(nullptr, 0, active_isa(), sizeof(T));
-    const void* const read[] = {data<T>(from)};
-    void* const written[] = {mutable_data<T>(outputs[0])};
-    layer_.run({site, read, written, nothing});
+    run_layer(layer_, site, from, outputs[0]);
   }
   Tensor gradient_of(const Tensor& gradient) override {
     Tensor result = gradient;
@@ -299,10 +304,7 @@ class GatherTraining : public UnaryTraining<T> {
     site_.outputs[0].format = site_.inputs[0].format;
     outputs[0] = new_formatted(site_.outputs[0].sizes, kDtypeOf<T>, last);
     if (site_.is_empty()) return;
-    PackedReader nothing(nullptr, 0, active_isa(), sizeof(T));
-    const void* const read[] = {data<T>(from)};
-    void* const written[] = {mutable_data<T>(outputs[0])};
-    layer_.run({site_, read, written, nothing});
+    run_layer(layer_, site_, from, outputs[0]);
   }
   Tensor gradient_of(const Tensor& gradient) override {
     const ValueType& input = site_.inputs[0];
