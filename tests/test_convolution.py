@@ -69,7 +69,7 @@ def test_values_and_gradients(name: str, bias: bool, last: bool, threads: int, i
 def test_winograd_is_what_runs() -> None:
     input, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 64, 3, 3)
     assert ALGORITHM(input, weight, None, geometry()) == ("winograd", "winograd")
-    assert ALGORITHM(input.double(), weight.double(), None, geometry()) == ("stock", "winograd")
+    assert ALGORITHM(input.double(), weight.double(), None, geometry()) == ("direct", "winograd")
 
 
 # Sizes, outputs, kernel, stride, padding, dilation.
@@ -116,8 +116,32 @@ FEW: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, int, int]] = {
 def test_few_channels(name: str, dtype: torch.dtype, instruction_set: str) -> None:
     sizes, outputs, kernel, stride, *settings = FEW[name]
     for (forward, backward), memory_format in check_values(sizes, outputs, kernel, stride, *settings, 1, dtype):
-        if sizes[0] and memory_format == torch.contiguous_format:
+        if sizes[0] and memory_format == torch.contiguous_format and dtype is torch.float32:
             assert (forward == "stock") == (backward == "stock") == (stride > 1)
+
+
+# The same of signals and of narrow groups: the algorithms are forward's, and backward's for input and weight.
+NARROW: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, int, int, int]] = {
+    "signals": ((3, 24, 70), 25, (5,), 1, 8, 4, 1),
+    "no padding": ((2, 17, 45), 33, (4,), 1, 0, 1, 1),
+    "more padding than the kernel reaches": ((2, 17, 45), 19, (3,), 1, 4, 1, 1),
+    "many channels": ((2, 140, 64), 96, (3,), 1, 1, 1, 1),
+    "stride of 2": ((3, 24, 70), 25, (5,), 2, 2, 1, 1),
+    "kernel of one": ((2, 31, 99), 24, (1,), 1, 0, 1, 1),
+    "images of one row": ((2, 18, 1, 60), 20, (1, 7), 1, (0, 3), 1, 1),
+    "groups of images": ((2, 32, 17, 19), 48, (3, 3), 1, 1, 1, 8),
+    "groups of signals": ((4, 24, 50), 24, (7,), 1, 3, 1, 6),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signals_and_narrow_groups(name: str, dtype: torch.dtype, instruction_set: str) -> None:
+    for (forward, backward), memory_format in check_values(*NARROW[name], dtype):
+        own = memory_format == torch.contiguous_format and instruction_set == "avx512" and dtype is torch.float32
+        if own and NARROW[name][3] == 1:
+            assert forward in ("pixels", "phases", "direct")
+            assert backward.split(", ")[0] == "stock" if "more padding" in name else forward
 
 
 def check_values(
@@ -160,7 +184,7 @@ def check_values(
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("of", [0, 1, 2])
-@pytest.mark.parametrize(("channels", "groups"), [(18, 18), (2, 1)])
+@pytest.mark.parametrize(("channels", "groups"), [(18, 18), (2, 1), (18, 6)])
 def test_special_values(channels: int, groups: int, special: float, of: int, instruction_set: str) -> None:
     flat = flat_geometry(2, 1, 3, 1, groups, 1, None, 0, 1, False)
     tensors = [torch.randn(2, channels, 9, 8), torch.randn(18, channels // groups, 7, 7), torch.randn(2, 18, 9, 8)]

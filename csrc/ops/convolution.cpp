@@ -1,7 +1,7 @@
 // A convolution that has no ReLU and no pool, for example because a batch norm follows: forward and backward. Training
 // steps call the functions; torch.ops.fastnn.convolution and convolution_backward are the same for a user's model.
 #include "../kernels/conv/machine.h"
-#include "conv_forward.h"
+#include "conv_input_gradient.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
 #include "register.h"
@@ -16,22 +16,46 @@ bool is_depthwise(const ConvPoolGeometry& g) {
   return g.groups > 1 && g.in_channels == 1;
 }
 
-// The algorithm of forward: ours by Winograd, for depthwise convolutions, and for few channels, else torch's. Without a
-// ReLU or a pool, whose fusion saves a pass over the output, our other algorithms have in float32 0.5 to 1.2 of torch's
-// speed (measured).
+// The algorithm of forward: ours where fewer products are multiplied, for depthwise convolutions, for few channels and
+// for signals, else torch's. Without a ReLU or a pool, whose fusion saves a pass over the output, our other algorithms
+// have in float32 0.5 to 1.2 of torch's speed (measured).
 template <class T>
-ForwardAlgorithm choose_forward(const ConvPoolProblem& problem, const Tensor& input, bool output_channels_last) {
-  const ConvPoolGeometry& g = problem.geometry;
+ForwardAlgorithm choose_forward(const ConvPoolGeometry& g, bool input_channels_last, bool output_channels_last) {
   if (g.batch == 0) return ForwardAlgorithm::stock;
-  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, is_channels_last(input), output_channels_last, -1);
+  const PlanKey key = plan_key<T>(conv_kernels().get<T>(), g, input_channels_last, output_channels_last, -1);
   const ForwardAlgorithm chosen = plan_for(key).algorithm;
+  const bool multiplies_less = chosen == ForwardAlgorithm::winograd || chosen == ForwardAlgorithm::phases;
   // Images of one pixel are left to torch, whose result has strides of its own then.
   const bool depthwise_is_ours = is_depthwise(g) && g.pixels() > 1;
-  // With a stride, torch's kernels of first layers are as fast, unless fewer products are multiplied.
-  const bool few_are_ours = g.groups == 1 && g.in_channels < tuned::kFewChannels && !is_channels_last(input) &&
-                            (g.stride[2] == 1 || chosen == ForwardAlgorithm::phases);
-  const bool is_ours = chosen == ForwardAlgorithm::winograd || depthwise_is_ours || few_are_ours;
-  return is_ours ? chosen : ForwardAlgorithm::stock;
+  // With a stride, torch's kernels of first layers are as fast.
+  const bool few_are_ours =
+      g.groups == 1 && g.in_channels < tuned::kFewChannels && !input_channels_last && g.stride[2] == 1;
+  const int64_t lanes = key.machine.vector_bytes / static_cast<int64_t>(sizeof(Compute<T>));
+  // torch has no convolution of float64 but a copy of all windows and a product, and no copy for kernels of one pixel.
+  const bool doubles_are_ours = sizeof(T) == 8 && g.taps() > 1 && g.pixels() > 1;
+  // torch has no format of signals in which channels lie together, and moves them there and back in each call. Nor has
+  // it kernels for groups of fewer channels than a vector has lanes, unless the images are channels last.
+  const bool signals_are_ours = g.is_signal() && !input_channels_last;
+  const bool groups_are_ours =
+      chosen == ForwardAlgorithm::pixels && !input_channels_last && g.has_narrow_groups(lanes) && g.pixels() > 1;
+  return multiplies_less || depthwise_is_ours || few_are_ours || doubles_are_ours || signals_are_ours ||
+                 groups_are_ours
+             ? chosen : ForwardAlgorithm::stock;
+}
+
+// The algorithm of the input's gradient as a convolution of the output's gradient, by our forward kernels; or `stock`.
+template <class T>
+ForwardAlgorithm choose_for_input_gradient(const ConvPoolGeometry& g, bool gradient_channels_last,
+                                           bool input_channels_last) {
+  // Turning a weight costs as much as some hundred products of each element, unless the weight stays in L1.
+  constexpr int64_t kLeastProducts = 512;
+  const int64_t weight_bytes = g.groups * g.out_channels * g.depth() * static_cast<int64_t>(sizeof(T));
+  if (weight_bytes > tuned::kNearBytes && g.batch * g.pixels() < kLeastProducts) return ForwardAlgorithm::stock;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t most = g.kernel_extent(d) - 1;  // of which less is left around the gradient
+    if (g.stride[d] != 1 || std::max(g.padding[d], g.padding_end[d]) > most) return ForwardAlgorithm::stock;
+  }
+  return choose_forward<T>(turned_around(g), gradient_channels_last, input_channels_last);
 }
 
 // The plan of backward, whose algorithm may be `stock`.
@@ -43,31 +67,49 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
-// The gradients by our kernels. Returns nothing where torch's are as fast, or where elements are not finite or so large
-// that the transforms of Winograd could overflow.
+// The gradients that our kernels give; the others are empty. Torch's are as fast for those, or elements are not finite or
+// so large that the transforms of Winograd could overflow.
 template <class T>
-std::optional<std::array<Tensor, 3>> own_backward(const ConvPoolProblem& problem, const Tensor& gradient,
-                                                  const Tensor& input, const Tensor& weight, const Wanted& wanted) {
-  if (problem.geometry.batch == 0) return std::nullopt;
+ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradient, const Tensor& input,
+                            const Tensor& weight, const Wanted& wanted) {
+  const ConvPoolGeometry& g = problem.geometry;
+  if (g.batch == 0) return {};
   const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
-  const ConvBackwardPlan& plan = backward_plan<T>(problem, input, wanted);
-  if (plan.algorithm == BackwardAlgorithm::stock) return std::nullopt;
-  const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
   const PlainImages images(input), taps(weight), dense(gradient);
-  ConvBackward<T> call = backward_call<T>(problem.geometry, dense.tensor, images, taps);
+  ConvBackward<T> call = backward_call<T>(g, dense.tensor, images, taps);
   call.output_layout = dense.layout;
-  call.plan = &plan;
-  const bool by_taps = plan.algorithm == BackwardAlgorithm::taps;  // which multiplies by zeros
-  if ((by_winograd || by_taps) && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) {
-    return std::nullopt;
+  // By the algorithm of the plan for these gradients, unless that is torch's.
+  const auto give = [&](const Wanted& some, ConvGradients& gradients) {
+    const ConvBackwardPlan& plan = backward_plan<T>(problem, input, some);
+    call.plan = &plan;
+    const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
+    const bool multiplies_by_zeros = plan.algorithm == BackwardAlgorithm::taps;
+    if (plan.algorithm == BackwardAlgorithm::stock || (multiplies_by_zeros && !some.weight)) return false;
+    if ((by_winograd || multiplies_by_zeros) && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) {
+      return false;
+    }
+    ConvGradients made = empty_gradients(input, weight, some);
+    if (by_winograd) {
+      gradients_by_winograd(kernels, call, problem.work, some, made);
+    } else {
+      run_backward(kernels, call, problem.work, some, made.input, made.weight, made.bias);
+    }
+    if (some.input) gradients.input = std::move(made.input);
+    if (some.weight) gradients.weight = std::move(made.weight);
+    if (some.bias) gradients.bias = std::move(made.bias);
+    return true;
+  };
+  ConvGradients gradients;
+  if (give(wanted, gradients)) return gradients;
+  const bool last = is_channels_last(input);
+  // (The zeros around the gradient are multiplied: an infinite weight would make NaN of them.)
+  if (wanted.input && choose_for_input_gradient<T>(g, dense.channels_last, last) != ForwardAlgorithm::stock &&
+      kernels.is_moderate(call)) {
+    gradients.input = new_formatted(sizes_of(input), kDtypeOf<T>, last);
+    input_gradient_by_forward(kernels, call, problem.dims, gradients.input);
   }
-  ConvGradients gradients = empty_gradients(input, weight, wanted);
-  if (by_winograd) {
-    gradients_by_winograd(kernels, call, problem.work, wanted, gradients);
-  } else {
-    run_backward(kernels, call, problem.work, wanted, gradients.input, gradients.weight, gradients.bias);
-  }
-  return std::array<Tensor, 3>{std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
+  if (wanted.input && wanted.weight) give({false, true, wanted.bias}, gradients);
+  return gradients;
 }
 
 }  // namespace
@@ -77,7 +119,7 @@ Tensor plain_convolution(const Tensor& input, const Tensor& weight, const Option
   const bool channels_last = output_is_channels_last(problem, input, weight);
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
-    if (choose_forward<T>(problem, input, channels_last) == ForwardAlgorithm::stock) {
+    if (choose_forward<T>(problem.geometry, is_channels_last(input), channels_last) == ForwardAlgorithm::stock) {
       return convolution(input, weight, bias, stock_convolution(problem.geometry, problem.dims));
     }
     Tensor output = new_formatted(output_sizes(problem), problem.kind.dtype, channels_last);
@@ -92,18 +134,26 @@ std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const T
   const ConvPoolProblem problem = check_problem(kOp, input, weight, std::nullopt, geometry);
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
-    std::optional<std::array<Tensor, 3>> ours =
-        own_backward<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
-    if (ours) return std::move(*ours);
+    ConvGradients ours = own_gradients<T>(problem, gradient, input, weight, {wanted[0], wanted[1], wanted[2]});
+    const std::array<Tensor*, 3> own{&ours.input, &ours.weight, &ours.bias};
+    std::array<bool, 3> missing = wanted;
+    for (size_t i = 0; i < 3; ++i) missing[i] = wanted[i] && !own[i]->defined();
+    const auto with_ours = [&](std::array<Tensor, 3> gradients) {
+      for (size_t i = 0; i < 3; ++i) {
+        if (own[i]->defined()) gradients[i] = std::move(*own[i]);
+      }
+      return gradients;
+    };
+    if (!missing[0] && !missing[1] && !missing[2]) return with_ours({});
     // Where the gradient or the weight has another format than the input, torch would convert it one element at a time.
     const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
     // Images of one channel are the same in both formats, so that the weight's counts.
     const bool last = is_channels_last(input.size(1) == 1 ? weight : input);
     std::array<Tensor, 3> gradients =
         convolution_backward(in_format(kernels, gradient, last), input, in_format(kernels, weight, last),
-                             stock_convolution(problem.geometry, problem.dims), wanted);
-    if (wanted[1]) gradients[1] = in_format(kernels, gradients[1], is_channels_last(weight));
-    return gradients;
+                             stock_convolution(problem.geometry, problem.dims), missing);
+    if (missing[1]) gradients[1] = in_format(kernels, gradients[1], is_channels_last(weight));
+    return with_ours(std::move(gradients));
   });
 }
 
@@ -155,17 +205,28 @@ std::tuple<Tensor, Tensor, Tensor> checked_convolution_backward(const Tensor& gr
   });
 }
 
-// The names of the algorithms of both, "stock" where they are torch's own.
+// The names of the algorithms of both, "stock" where they are torch's own. Where backward's gradients have an algorithm
+// each, these are the input's and the weight's.
 std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, const Tensor& weight,
                                                            const OptionalTensor& bias, const Ints& geometry) {
   const ConvPoolProblem problem = check_convolution("convolution_algorithm", input, weight, bias, geometry);
   if (problem.geometry.batch == 0) return {"none", "none"};
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
-    const bool channels_last = output_is_channels_last(problem, input, weight);
-    const Wanted all{true, true, true};
-    return {kForwardEntries[static_cast<int>(choose_forward<T>(problem, input, channels_last))].name,
-            kBackwardEntries[static_cast<int>(backward_plan<T>(problem, input, all).algorithm)].name};
+    const bool last = is_channels_last(input), output_last = output_is_channels_last(problem, input, weight);
+    const auto forward_name = [](ForwardAlgorithm algorithm) {
+      return std::string(kForwardEntries[static_cast<int>(algorithm)].name);
+    };
+    const auto backward_name = [&](const Wanted& wanted) {
+      return std::string(kBackwardEntries[static_cast<int>(backward_plan<T>(problem, input, wanted).algorithm)].name);
+    };
+    std::string backward = backward_name({true, true, true});
+    if (backward == "stock") {
+      const std::string of_input = forward_name(choose_for_input_gradient<T>(problem.geometry, output_last, last));
+      const std::string of_weight = backward_name({false, true, true});
+      if (of_input != of_weight) backward = of_input + ", " + of_weight;
+    }
+    return {forward_name(choose_forward<T>(problem.geometry, last, output_last)), backward};
   });
 }
 

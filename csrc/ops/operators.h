@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& gra
                                                                const std::optional<std::string>& algorithm);
 
 // A convolution that nothing follows, and its gradients, of which one that is not wanted is empty or undefined: by
-// Winograd where that pays, else by torch's own. geometry: as that of conv_relu_max_pool, whose
-// pool is one pixel.
+// our kernels where those are faster, else by torch's own. geometry: as that of conv_relu_max_pool, whose pool is one
+// pixel.
 Tensor plain_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Ints& geometry);
 std::array<Tensor, 3> plain_convolution_backward(const Tensor& gradient, const Tensor& input, const Tensor& weight,
                                                  const Ints& geometry, const std::array<bool, 3>& wanted);

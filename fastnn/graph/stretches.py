@@ -149,16 +149,21 @@ def find_stretches(
     `trains`, else for inference. Returns None where no stretch is worth a call."""
     drop_unused_parts(graph, modules)
     returned = set(graph.output_node().all_input_nodes) if trains else set()
+    views: set[Node] = set()
     while True:
-        reading = _Reading(graph, sources, len(names), modules, returned, trains)
+        reading = _Reading(graph, sources, len(names), modules, returned, views, trains)
         if not reading.read():
             return None
         # Several nodes may be one value, such as an activation and nn.Identity of it.
         values = {reading.reader.values[node] for node in returned if node in reading.reader.values}
         alike = {node for node, value in reading.reader.values.items() if value in values}
-        if alike <= returned:
+        if not alike <= returned:
+            returned |= alike
+            continue
+        sharing = reading.choose()
+        if sharing <= views:
             return reading.stretched()
-        returned |= alike
+        views |= sharing
 
 
 class _TrainsError(Exception):
@@ -169,7 +174,8 @@ _PARAMETERS = frozenset({"weight", "bias", "mean", "variance", "weights"})
 
 
 class _Reading:
-    """What the nodes of a graph are. returned: nodes whose value the model returns."""
+    """What the nodes of a graph are. returned: nodes whose value the model returns. views: nodes that torch runs,
+    because what they give shares memory with other results of a stretch, or with what it takes."""
 
     def __init__(
         self,
@@ -178,6 +184,7 @@ class _Reading:
         inputs: int,
         modules: dict[str, nn.Module],
         returned: set[Node],
+        views: set[Node],
         trains: bool,
     ) -> None:
         self.graph, self.sources, self.modules, self.trains = graph, list(sources), modules, trains
@@ -187,7 +194,7 @@ class _Reading:
         self.reader = Reader(modules, self.order, self.inputs, takes_computed=True)
         for node in placeholders[inputs:]:  # `fastnn_tensor_3` is the fourth source
             self.reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
-        self.output, self.returned = graph.output_node(), returned
+        self.output, self.returned, self.views = graph.output_node(), returned, views
         self.stretches: dict[int, _Stretch] = {}
         self.borders: dict[int, list[Node]] = {}
         self.level_of: dict[Value, int] = {}  # of what lines give
@@ -255,8 +262,8 @@ class _Reading:
         return node in self.returned and node.op != "placeholder"
 
     def _read_layer(self, node: Node, is_border: set[Node]) -> None:
-        if node.target is operator.getitem and node.args[0] in is_border:
-            raise NotANetworkError("it may be a part of a tuple")
+        if node in self.views or (node.target is operator.getitem and node.args[0] in is_border):
+            raise NotANetworkError("it shares memory with others, or may be a part of a tuple")
         self.reader.read(node)
 
     def _note(self, node: Node, lines: Sequence[Line], level: int) -> None:
@@ -279,9 +286,9 @@ class _Reading:
 
     # ---- and what becomes of it --------------------------------------------------------------------------------------
 
-    def stretched(self) -> StretchedGraph | None:
-        """Writes the graph anew, with a call for each stretch."""
-        self.guard = self.reader.guard
+    def choose(self) -> set[Node]:
+        """Chooses the stretches that are worth a call, and finds what others take of each -> the nodes whose results
+        share memory, which a call cannot give."""
         self.node_of: dict[Value, Node] = {}  # the first node that is this value
         for node in self.graph.nodes:
             if node in self.reader.values:
@@ -292,11 +299,17 @@ class _Reading:
                 self.parts.setdefault(value, (node, path))
         self.chosen = {level for level, stretch in self.stretches.items() if self._is_worth_a_call(stretch)}
         while True:
-            needed = self._needed()
-            unfit = {level for level in self.chosen if not self._fits(level, needed.get(level, []))}
-            if not unfit:
+            self.needed = self._needed()
+            unused = {level for level in self.chosen if not self.needed[level]}
+            if not unused:
                 break
-            self.chosen -= unfit
+            self.chosen -= unused
+        sharing = [value for level in self.chosen for value in self._sharing(level)]
+        return {self.node_of[value] if value in self.node_of else self.parts[value][0] for value in sharing}
+
+    def stretched(self) -> StretchedGraph | None:
+        """Writes the graph anew, with a call for each stretch."""
+        self.guard = self.reader.guard
         if not self.chosen:
             return None
         self.new = Graph()
@@ -311,7 +324,7 @@ class _Reading:
         networks = []
         for level in sorted({*self.stretches, *self.borders}):
             if level in self.chosen:
-                networks.append(self._write_call(level, needed[level]))
+                networks.append(self._write_call(level, self.needed[level]))
             elif level in self.stretches:
                 for node in self.stretches[level].nodes:
                     self._copy(node)
@@ -370,24 +383,24 @@ class _Reading:
         take_args(self.output)
         return needed
 
-    def _fits(self, level: int, needed: Sequence[Value]) -> bool:
-        """Whether a stretch gives something, and nothing that shares memory with what it takes or with its other
-        results. (The parts of a split lie side by side.)"""
+    def _sharing(self, level: int) -> list[Value]:
+        """The results of a stretch that share memory with what it takes or with its other results. (The parts of a
+        split lie side by side.)"""
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
-        pieces: set[Value] = set()
-        for value in needed:
-            piece = value
-            while maker[value].layer in VIEWS:
+        sharing: list[Value] = []
+        of_piece: dict[Value, Value] = {}  # by what was made anew, or by the part of a split: the result that lies there
+        for result in self.needed[level]:
+            value = piece = result
+            while value in maker and maker[value].layer in VIEWS:
                 piece = value if maker[value].layer == "split" else piece
                 value = maker[value].inputs["input"][0]
-                if value not in maker:
-                    return False
             piece = piece if maker[piece].layer == "split" else value
-            if piece in pieces:
-                return False
-            pieces.add(piece)
-        return bool(needed)
+            if value not in maker:
+                sharing.append(result)
+            elif (other := of_piece.setdefault(piece, result)) is not result:
+                sharing += [one for one in (other, result) if one is not value]
+        return sharing
 
     def _place_tensors(self) -> None:
         """Makes inputs of all tensors that the new graph may read."""

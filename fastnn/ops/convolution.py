@@ -1,5 +1,5 @@
-"""A convolution that neither ReLU nor a pool follows: by our kernels where they are faster (Winograd's algorithm,
-depthwise convolutions, and contiguous images of few channels), else torch's own.
+"""A convolution that neither ReLU nor a pool follows: by our kernels where they are faster (algorithms that multiply
+less, depthwise convolutions and narrow groups, signals, contiguous images of few channels, float64), else torch's own.
 
 In a model such a convolution stands before a batch norm that takes the statistics of its output, or before an addition.
 """

@@ -24,6 +24,10 @@ struct ConvPoolGeometry {
   int64_t places() const { return pool_kernel[0] * pool_kernel[1] * pool_kernel[2]; }
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t depth() const { return in_channels * taps(); }
+  // Whether there is one row, as signals have.
+  bool is_signal() const { return input[0] == 1 && input[1] == 1 && kernel[0] == 1 && kernel[1] == 1; }
+  // Whether there are groups, of fewer channels than a vector has lanes.
+  bool has_narrow_groups(int64_t lanes) const { return groups > 1 && in_channels < lanes && out_channels < lanes; }
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }

@@ -247,12 +247,18 @@ bool taps_pay(const Planner& p) {
 
 // Whether they pay where each pixel has a gradient. Torch's library works with blocks of channels. It is slow for the
 // gradient of images of fewer channels. For the weight's alone it has kernels of its own, except where output channels
-// fill no vector, or where a row of the kernel is longer than one.
+// fill no vector, or where a row of the kernel is longer than one. Signals, and groups of few channels, it moves into
+// blocks and back: there the weight's gradient pays as long as its sums stay in L1.
 bool dense_taps_pay(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
-  if (g.groups > 1 || g.in_channels >= tuned::kFewChannels || p.request.input_channels_last) return false;
-  if (p.request.exact || !taps_apply(g)) return false;
-  return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > p.lanes;
+  if (p.request.input_channels_last || p.request.exact) return false;
+  if (g.groups == 1 && g.in_channels < tuned::kFewChannels && taps_apply(g)) {
+    return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > p.lanes;
+  }
+  if (p.request.both || g.taps() == 1 || g.stride[0] * g.stride[1] * g.stride[2] > 1) return false;
+  const bool is_narrow = g.has_narrow_groups(p.lanes);
+  return (g.is_signal() || is_narrow) &&
+         channels_together(g.out_channels) * g.depth() * p.compute_bytes <= tuned::kNearBytes;
 }
 
 // ---- winograd -------------------------------------------------------------------------------------------------------
