@@ -389,7 +389,7 @@ class _Reading:
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
         sharing: list[Value] = []
-        of_piece: dict[Value, Value] = {}  # by what was made anew, or by the part of a split: the result that lies there
+        of_piece: dict[Value, Value] = {}  # by what was made anew, or a split's part: the result there
         for result in self.needed[level]:
             value = piece = result
             while value in maker and maker[value].layer in VIEWS:
