@@ -1,5 +1,5 @@
-"""Layers of networks that gather elements, and the statistics and norms beside them: what stock refuses is refused, and
-what changes between calls is seen."""
+"""Layers of networks that gather elements, and functions that are several layers: statistics, norms, einsum. What stock
+refuses is refused, and what changes between calls is seen."""
 
 from collections.abc import Callable
 
@@ -74,13 +74,30 @@ TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
     "a border and no value": lambda x: F.pad(x, (0, 0, 2, 1), "replicate", 0),
     "lists behind an ellipsis": lambda x: x[..., [1, 0, -1], :] + x[:, None, [1, 1]].mean((1, 2))[:, None, :3],
     "variances": lambda x: x - x.var(1, True, True) + x.std(False) + torch.std(x, (1, 2), correction=2, keepdim=True),
+    "cosines": lambda x: (
+        F.cosine_similarity(x, x.flip(3), -1) * F.cosine_similarity(x, x.mean(0, keepdim=True), 1).sum()
+    ),
+    "logarithms of sums": lambda x: (
+        torch.logsumexp(40 * x, (1, -1)) + x.logsumexp(dim=2, keepdim=True).squeeze(2).mean(-1)[:, :5].mean()
+    ),
+    "a logarithm of sums beyond what exp takes": lambda x: torch.logsumexp(900 * x, 1),
+    "other activations": lambda x: F.logsigmoid(50 * x) + F.tanhshrink(x) + F.logsigmoid(-x),
+    "every dimension of one": lambda x: x.mean((0, 2), True).squeeze() * x.sum((0, 1, 2)).unsqueeze(0).squeeze(),
+    "sizes of another": lambda x: x.transpose(1, 3).reshape_as(x) - x.flatten(1).view_as(x),
+    "matrices turned": lambda x: x.flatten(1).t() @ x.mean((2, 3)),
+    "sums with products": lambda x: (
+        torch.addmm(x[0, 0, 0], x[0, 0], x[0, 1].t() @ x[0, 2]) + x[:, 0].baddbmm(x[:, 1, :, :5], x[:, 2]).mean(0)
+    ),
     "norms": lambda x: x / x.norm(dim=(1, 2), keepdim=True) + torch.norm(x, 1) + torch.linalg.norm(x, 1, -1, True),
 }
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_in_all_three_ways(name: str) -> None:
-    x, model = torch.randn(4, 6, 5, 7, dtype=torch.float64), Between(TAKEN[name]).double().eval()
+    check_in_all_three_ways(Between(TAKEN[name]).double().eval(), torch.randn(4, 6, 5, 7, dtype=torch.float64))
+
+
+def check_in_all_three_ways(model: Between, x: Tensor) -> None:
     expected = model(x)
     (of_weight,) = torch.autograd.grad(expected.square().sum(), [model.before.weight])
     torch.testing.assert_close(fastnn.freeze(model, x)(x), expected.detach())
@@ -90,6 +107,69 @@ def test_in_all_three_ways(name: str) -> None:
     step.accumulate(x, torch.zeros_like(expected).detach())
     assert step.explain().startswith("one operator call"), step.explain()
     torch.testing.assert_close(model.before.weight.grad * expected.numel(), of_weight)
+
+
+# Equations, of a tensor (4, 6, 5, 7) and of another that is made of it.
+EINSUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "abcd,abcd->ab": lambda x: x.flip(3),
+    "abcd, abcd -> dcba": lambda x: x.flip(3),
+    "abcd,abcd->": lambda x: x,
+    "abcd,abce->abde": lambda x: x[..., :3],
+    "abcd,abce->eabd": lambda x: x[..., :3],
+    "abcd,de->abce": lambda x: x[0, :, 0, :].t(),
+    "abcd,ed": lambda x: x[0, :, 0, :],
+    "abcd,bcd->a": lambda x: x[0],
+    "abcd,abefd->cfbea": lambda x: x[:, :, :, None, :] * x[:, :, None, :2, :],
+    "abcd,cde->bae": lambda x: x[0, 0, :, :, None] * x[0, 1, None, None, :3, 0],
+    "abcd,e->abe": lambda x: x[0, 0, 0],
+    "abcd,fgd->acfg": lambda x: x[0],
+    "abcd,ab->cd": lambda x: x[:, :, 0, 0],
+    "abcd,dcba->": lambda x: x.permute(3, 2, 1, 0),
+    "abcd,ef->abcdef": lambda x: x[0, 0, :2, :3],
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsums_are_products(equation: str) -> None:
+    other = EINSUMS[equation]
+    x, model = torch.randn(4, 6, 5, 7, dtype=torch.float64), Between(lambda x: torch.einsum(equation, x, other(x)))
+    check_in_all_three_ways(model.double().eval(), x)
+    swapped = Between(lambda x: torch.einsum(",".join(equation.split("->")[0].split(",")[::-1]), [other(x), x]))
+    check_in_all_three_ways(swapped.double().eval(), x)
+
+
+@pytest.mark.parametrize(
+    "equation", ["aacd,abcd->bcd", "...d,abcd->abc", "abcd,abcd,abcd->a", "abcd,abcd->ae", "abcd,abc"]
+)
+def test_other_einsums_are_torchs(equation: str) -> None:
+    model = Between(lambda x: torch.einsum(equation, *[x[:, :4, :4, :4]] * (equation.count(",") + 1)))
+    x, results = torch.randn(4, 6, 5, 7), []
+    for one in (model, fastnn.fuse(model)):
+        with torch.no_grad():
+            try:
+                results.append(one(x))
+            except (RuntimeError, ValueError) as error:
+                results.append(str(error))
+    assert type(results[0]) is type(results[1])
+    torch.testing.assert_close(*results) if isinstance(results[0], Tensor) else None
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_embeddings(mode: str) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
+    numbers = torch.randint(9, (6, 3))
+    expected = model(numbers)
+    torch.testing.assert_close(fastnn.freeze(model, numbers)(numbers), expected.detach())
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.0), strict=True)
+    step.accumulate(numbers, torch.zeros_like(expected).detach())
+    (of_table,) = torch.autograd.grad(expected.square().mean(), [model[0].weight])
+    torch.testing.assert_close(model[0].weight.grad, of_table)
+    fastnn.fuse(model)
+    with torch.no_grad():
+        for wrong in (numbers[0], numbers[:, :0], numbers + 9):
+            with pytest.raises(ERRORS):
+                model(wrong)
+    torch.testing.assert_close(model(numbers), expected)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

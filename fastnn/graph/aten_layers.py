@@ -13,11 +13,15 @@ from math import isfinite, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from fastnn import activations
 from fastnn._torch import statically_known_true
+from fastnn.graph import fused_layers  # noqa: F401 (registers its rows)
+from fastnn.graph.reader import ROWS as FUNCTION_ROWS
+from fastnn.graph.reader import NotANetworkError
 from fastnn.network_program import UNARY, Line, Value, conv_attributes
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
 from fastnn.recurrent_modes import MODES
@@ -585,36 +589,6 @@ def _without_expand(operand: Node, result: Node) -> Any:
     return operand.args[0] if alike else operand
 
 
-@_row(_aten.neg.default)
-def _neg(read: Reader, node: Node, x: Any) -> None:
-    read.finish(node, read.binary("mul", read.data(x), -1.0))
-
-
-@_row(_aten.square.default)
-def _square(read: Reader, node: Node, x: Any) -> None:
-    value = read.data(x)
-    read.finish(node, read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul"))
-
-
-@_row(_aten.clamp.default, _aten.clip.default)
-def _clamp(read: Reader, node: Node, x: Any, least: Any = None, most: Any = None) -> None:
-    value, bounds = read.data(x), {"min": least, "max": most}
-    if not all(one is None or isinstance(one, (int, float)) for one in bounds.values()):
-        raise NotALayerError("has a bound that depends on the input's sizes")
-    given = {name: float(one) for name, one in bounds.items() if one is not None}
-    read.finish(node, read.add("clamp", {"input": [value]}, value.sizes, **given))
-
-
-@_row(_aten.clamp_min.default)
-def _clamp_min(read: Reader, node: Node, x: Any, least: Any) -> None:
-    _clamp(read, node, x, least)
-
-
-@_row(_aten.clamp_max.default)
-def _clamp_max(read: Reader, node: Node, x: Any, most: Any) -> None:
-    _clamp(read, node, x, None, most)
-
-
 _UNARY = {getattr(_aten, name).default: name for name in UNARY}
 
 
@@ -622,20 +596,6 @@ _UNARY = {getattr(_aten, name).default: name for name in UNARY}
 def _unary(read: Reader, node: Node, x: Any) -> None:
     value = read.data(x)
     read.finish(node, read.add("unary", {"input": [value]}, value.sizes, function=_UNARY[node.target]))
-
-
-@_row(_aten.pow.Tensor_Scalar)
-def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
-    value = read.data(x)
-    if exponent == 0.5:
-        made = read.add("unary", {"input": [value]}, value.sizes, function="sqrt")
-    elif exponent in (2, 3):
-        made = value
-        for _ in range(int(exponent) - 1):
-            made = read.add("binary", {"input": [made], "other": [value]}, value.sizes, function="mul")
-    else:
-        raise NotALayerError("is no square, cube or root")
-    read.finish(node, made)
 
 
 @_row(_aten.matmul.default, _aten.mm.default, _aten.bmm.default)
@@ -661,26 +621,6 @@ def _attention(
         raise NotALayerError("has a mask, a dropout, groups of queries, or a scale that is computed")
     text = "" if scale is None else repr(float(scale))
     read.finish(node, read.add("attention", given, _sizes(node), is_causal=is_causal, scale=text))
-
-
-@_row(_aten.rms_norm.default)
-def _rms_norm(
-    read: Reader, node: Node, x: Any, normalized_shape: Sequence[int], weight: Any = None, eps: Any = None
-) -> None:
-    value = read.data(x)
-    if len(normalized_shape) != 1:
-        raise NotALayerError("normalizes several dimensions")
-    if not _same(value.sizes[-1:], normalized_shape):
-        raise NotALayerError("normalizes a dimension of another size")
-    epsilon = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
-    squares = read.add("binary", {"input": [value], "other": [value]}, value.sizes, function="mul")
-    mean = read.add("mean", {"input": [squares]}, (*value.sizes[:-1], 1), dims=[-1], keepdim=True)
-    mean = read.binary("add", mean, epsilon)
-    factor = read.add("unary", {"input": [mean]}, mean.sizes, function="rsqrt")
-    made = read.add("binary", {"input": [value], "other": [factor]}, value.sizes, function="mul")
-    if weight is not None:
-        made = read.add("binary", {"input": [made], "other": [read.value(weight)]}, value.sizes, function="mul")
-    read.finish(node, made)
 
 
 @_row(_aten.prelu.default)
@@ -710,35 +650,80 @@ def _instance_norm(
     read.finish(node, read.add("group_norm", inputs, _sizes(node), groups=0, epsilon=float(eps)))
 
 
-@_row(_aten.hardsigmoid.default)
-def _hardsigmoid(read: Reader, node: Node, x: Any) -> None:
-    value = read.binary("add", read.binary("mul", read.data(x), 1 / 6), 0.5)
-    read.finish(node, read.activate(value, "hardtanh(0.0,1.0)"))
-
-
-@_row(_aten.glu.default)
-def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
-    value = read.data(x)
-    half = _sizes(node)[dim]
-    if not isinstance(half, int):
-        raise NotALayerError("halves a size that depends on the input's")
-    parts = [read.slice(value, dim, i * half, (i + 1) * half, 1, _sizes(node)) for i in range(2)]
-    gate = read.activate(parts[1], "sigmoid")
-    read.finish(node, read.add("binary", {"input": [parts[0]], "other": [gate]}, _sizes(node), function="mul"))
-
-
 @_row(_aten.softmax.int, _aten.log_softmax.int, _aten._softmax.default, _aten._log_softmax.default)
 def _softmax(read: Reader, node: Node, x: Any, dim: int, dtype: Any = None) -> None:
     value = read.data(x)
-    rank = len(value.sizes)
     if dtype not in (None, False, read.dtype):
         raise NotALayerError("gives another dtype")
-    dims = list(range(rank))
-    dims.append(dims.pop(dim))  # to the end
-    value = read.permute(value, dims)
     logarithm = node.target in (_aten.log_softmax.int, _aten._log_softmax.default)
-    value = read.add("softmax", {"input": [value]}, value.sizes, logarithm=logarithm)
-    read.finish(node, read.permute(value, [dims.index(d) for d in range(rank)]))
+    read.finish(node, read.add("softmax", {"input": [value]}, value.sizes, dim=dim, logarithm=logarithm))
+
+
+# ---- functions of several layers, which fused graphs have, too ------------------------------------------------------
+
+
+class _AsFused:
+    """The reader as a row of ``fused_layers.py`` sees it, for a node whose arguments are those of torch's function."""
+
+    def __init__(self, read: Reader) -> None:
+        self._read, self.lines, self.values = read, read.lines, dict[Node, Value]()
+
+    def data(self, node: Any) -> Value:
+        value = self._read.value(node)
+        if node.meta["val"].dtype != self._read.dtype:
+            raise NotALayerError(f"takes {node.meta['val'].dtype}")
+        return value
+
+    def optional(self, node: Any) -> list[Value]:
+        return [] if node is None else [self.data(node)]
+
+    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
+        result = self._read.add(layer, {name: values for name, values in inputs.items() if values}, (), **attributes)
+        if node is not None:
+            self.values[node] = result
+        return result
+
+
+_FUSED_ROWS: dict[Any, Any] = {
+    _aten.neg.default: torch.neg,
+    _aten.square.default: torch.square,
+    _aten.pow.Tensor_Scalar: torch.pow,
+    **dict.fromkeys((_aten.clamp.default, _aten.clip.default), torch.clamp),
+    _aten.clamp_min.default: torch.clamp_min,
+    _aten.clamp_max.default: torch.clamp_max,
+    _aten.hardsigmoid.default: F.hardsigmoid,
+    _aten.glu.default: F.glu,
+    _aten.log_sigmoid.default: F.logsigmoid,
+    _aten.rms_norm.default: F.rms_norm,
+    **dict.fromkeys((_aten.mean.default, _aten.mean.dim), torch.mean),
+    **dict.fromkeys((_aten.sum.default, _aten.sum.dim_IntList), torch.sum),
+    _aten.amax.default: torch.amax,
+    _aten.linalg_vector_norm.default: torch.linalg.vector_norm,
+    _aten.linalg_norm.default: torch.linalg.norm,
+    **dict.fromkeys((_aten.var.dim, _aten.var.correction), torch.var),
+    **dict.fromkeys((_aten.std.dim, _aten.std.correction), torch.std),
+    _aten.logsumexp.default: torch.logsumexp,
+    _aten.cosine_similarity.default: F.cosine_similarity,
+    _aten.einsum.default: torch.einsum,
+    _aten.flip.default: torch.flip,
+    _aten.roll.default: torch.roll,
+    _aten.channel_shuffle.default: F.channel_shuffle,
+}
+
+
+@_row(*_FUSED_ROWS)
+def _as_function(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
+    seen = _AsFused(read)
+    if node.target is _aten.rms_norm.default and (len(args) < 4 or args[3] is None):
+        kwargs["eps"] = torch.finfo(read.dtype).eps
+        args = args[:3]
+    try:
+        FUNCTION_ROWS[_FUSED_ROWS[node.target]](seen, node, *args, **kwargs)
+    except NotANetworkError as reason:
+        raise NotALayerError(f"is no layer: {reason}") from reason
+    result = seen.values[node]
+    result.sizes = tuple(_sizes(node))
+    read.finish(node, result)
 
 
 # ---- pools and means ------------------------------------------------------------------------------------------------
@@ -802,11 +787,6 @@ def _adaptive_avg_pool(read: Reader, node: Node, x: Any, sizes: Any) -> None:
     read.finish(node, made)
 
 
-@_row(_aten.amax.default)
-def _amax(read: Reader, node: Node, x: Any, dims: Any = (), keepdim: bool = False) -> None:
-    read.finish(node, read.add("amax", {"input": [read.data(x)]}, _sizes(node), dims=list(dims), keepdim=keepdim))
-
-
 @_row(_aten.max.dim)
 def _max(read: Reader, node: Node, x: Any, dim: int, keepdim: bool = False) -> None:
     _check_places(node)
@@ -829,81 +809,6 @@ def _check_places(node: Node) -> None:
     """Raises if the places of the largest elements are needed."""
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
         raise NotALayerError("gives the places of the largest elements")
-
-
-@_row(_aten.mean.dim, _aten.sum.dim_IntList)
-def _mean(read: Reader, node: Node, x: Any, dims: Any, keepdim: bool = False, dtype: Any = None) -> None:
-    value = read.data(x)
-    rank = len(value.sizes)
-    which = sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
-    if dtype not in (None, read.dtype):
-        raise NotALayerError("gives another dtype")
-    sums = node.target is _aten.sum.dim_IntList
-    inputs = {"input": [value]}
-    read.finish(node, read.add("mean", inputs, _sizes(node), dims=which, keepdim=keepdim, sums=sums))
-
-
-@_row(_aten.mean.default, _aten.sum.default)
-def _mean_of_all(read: Reader, node: Node, x: Any, dtype: Any = None) -> None:
-    value = read.data(x)
-    if dtype not in (None, read.dtype):
-        raise NotALayerError("gives another dtype")
-    dims = list(range(len(value.sizes)))
-    read.finish(node, read.add("mean", {"input": [value]}, (), dims=dims, sums=node.target is _aten.sum.default))
-
-
-@_row(_aten.linalg_vector_norm.default)
-def _norm(
-    read: Reader, node: Node, x: Any, ord: Any = 2, dims: Any = None, keepdim: bool = False, dtype: Any = None
-) -> None:
-    if dtype not in (None, read.dtype) or ord not in (1, 2):
-        raise NotALayerError("is a norm of another degree or dtype")
-    value = read.data(x)
-    inputs = {"input": [value], **({} if ord == 1 else {"other": [value]})}
-    kind, function = ("unary", "abs") if ord == 1 else ("binary", "mul")
-    parts = read.add(kind, inputs, value.sizes, function=function)
-    which = _all_or(dims, len(value.sizes))
-    made = read.add("mean", {"input": [parts]}, _sizes(node), dims=which, keepdim=keepdim, sums=True)
-    read.finish(node, made if ord == 1 else read.add("unary", {"input": [made]}, _sizes(node), function="sqrt"))
-
-
-@_row(_aten.linalg_norm.default)
-def _linalg_norm(
-    read: Reader, node: Node, x: Any, ord: Any = None, dims: Any = None, keepdim: bool = False, dtype: Any = None
-) -> None:
-    if ord is not None and (dims is None or len(dims) != 1):
-        raise NotALayerError("is a matrix's norm")
-    _norm(read, node, x, 2 if ord is None else ord, dims, keepdim, dtype)
-
-
-def _all_or(dims: Any, rank: int) -> list[int]:
-    return sorted(d % rank for d in (range(rank) if dims in (None, []) else dims))
-
-
-@_row(_aten.var.dim, _aten.std.dim)
-def _variance(read: Reader, node: Node, x: Any, dims: Any, unbiased: bool = True, keepdim: bool = False) -> None:
-    _add_variance(read, node, x, dims, float(unbiased), keepdim)
-
-
-@_row(_aten.var.correction, _aten.std.correction)
-def _corrected_variance(
-    read: Reader, node: Node, x: Any, dims: Any = None, *, correction: Any = None, keepdim: bool = False
-) -> None:
-    _add_variance(read, node, x, dims, 1.0 if correction is None else float(correction), keepdim)
-
-
-def _add_variance(read: Reader, node: Node, x: Any, dims: Any, correction: float, keepdim: bool) -> None:
-    value = read.data(x)
-    which = _all_or(dims, len(value.sizes))
-    kept = [1 if d in which else size for d, size in enumerate(value.sizes)]
-    mean = read.add("mean", {"input": [value]}, kept, dims=which, keepdim=True)
-    rest = read.add("binary", {"input": [value], "other": [mean]}, value.sizes, function="sub")
-    squares = read.add("binary", {"input": [rest], "other": [rest]}, value.sizes, function="mul")
-    options = {"dims": which, "keepdim": keepdim, "correction": correction}
-    made = read.add("mean", {"input": [squares]}, _sizes(node), **options)
-    if node.target in (_aten.std.dim, _aten.std.correction):
-        made = read.add("unary", {"input": [made]}, _sizes(node), function="sqrt")
-    read.finish(node, made)
 
 
 # ---- what moves elements --------------------------------------------------------------------------------------------
@@ -1109,23 +1014,6 @@ def _index_select(read: Reader, node: Node, x: Any, dim: int, index: Any) -> Non
     inputs = {"input": [read.data(x)]}
     numbers = read.index(index).flatten().tolist()
     read.finish(node, read.add("index_select", inputs, _sizes(node), dim=dim, index=numbers))
-
-
-@_row(_aten.flip.default)
-def _flip(read: Reader, node: Node, x: Any, dims: Any) -> None:
-    read.finish(node, read.add("flip", {"input": [read.data(x)]}, _sizes(node), dims=list(dims)))
-
-
-@_row(_aten.roll.default)
-def _roll(read: Reader, node: Node, x: Any, shifts: Any, dims: Any = ()) -> None:
-    if not dims or not all(type(one) is int for one in shifts):
-        raise NotALayerError("rolls as if it were flat, or by sizes")
-    read.finish(node, read.add("roll", {"input": [read.data(x)]}, _sizes(node), shifts=list(shifts), dims=list(dims)))
-
-
-@_row(_aten.channel_shuffle.default)
-def _channel_shuffle(read: Reader, node: Node, x: Any, groups: int) -> None:
-    read.finish(node, read.add("channel_shuffle", {"input": [read.data(x)]}, _sizes(node), groups=groups))
 
 
 @_row(

@@ -332,6 +332,30 @@ def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> No
         raise NotANetworkError("the model computes with a tensor's sizes")
 
 
+@row(F.logsigmoid)
+def _logsigmoid(read: Reader, node: Node, x: Any) -> None:
+    # (Beyond 40, softplus is its argument in float64, too.)
+    negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+    value = read.add(None, "activation", {"input": [negative]}, activation="softplus(1.0,40.0)")
+    read.add(node, "binary", {"input": [value]}, function="mul", number=-1.0)
+
+
+@module_row(nn.LogSigmoid)
+def _logsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _logsigmoid(read, node, x)
+
+
+@row(F.tanhshrink)
+def _tanhshrink(read: Reader, node: Node, x: Any) -> None:
+    tanh = read.add(None, "activation", {"input": [read.data(x)]}, activation="tanh")
+    read.add(node, "binary", {"input": [read.data(x)], "other": [tanh]}, function="sub")
+
+
+@module_row(nn.Tanhshrink)
+def _tanhshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _tanhshrink(read, node, x)
+
+
 @row(operator.neg, torch.neg, "neg")
 def _neg(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
@@ -467,6 +491,17 @@ def _embedding_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     read.note(module, "padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
 
 
+@module_row(nn.EmbeddingBag)
+def _embedding_bag(read: Reader, node: Node, module: Any, x: Any) -> None:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse or module.padding_idx is not None:
+        raise NotANetworkError(f"{name_of(node, read.modules)} has max_norm, padding_idx or sparse gradients")
+    if module.mode not in ("mean", "sum"):
+        raise NotANetworkError(f"{name_of(node, read.modules)} takes the largest of its rows")
+    rows = _embedded(read, x, read.own(module, "weight"), None)
+    read.add(node, "mean", {"input": [rows]}, dims=[-2], sums=module.mode == "sum", rank=3)
+    read.note(module, "padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "mode", "include_last_offset")
+
+
 @row(F.embedding)
 def _embedding(read: Reader, node: Node, x: Any, weight: Any, padding_idx: Any = None) -> None:
     _add_embedding(read, node, x, [read.value(weight)], padding_idx)
@@ -508,6 +543,10 @@ def _slice_to_size(read: Reader, value: Value, dim: int, start: int, stop: Any, 
 
 
 def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], padding: Any) -> None:
+    read.values[node] = _embedded(read, x, weight, padding)
+
+
+def _embedded(read: Reader, x: Any, weight: list[Value], padding: Any) -> Value:
     if x in read.ranges:  # the first rows of the table
         if padding is not None:
             raise NotANetworkError("an embedding of numbers in a row has a padding")
@@ -515,8 +554,7 @@ def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], paddin
         value = _slice_to_size(read, weight[0], 0, 0, size, fits=True)
         if has_one_in_front:
             value = read.add(None, "unsqueeze", {"input": [value]}, dim=0)
-        read.values[node] = value
-        return
+        return value
     column: dict[str, Any] = {}
     if x in read.columns:
         numbers, dim, index = read.columns[x]
@@ -531,13 +569,13 @@ def _add_embedding(read: Reader, node: Node, x: Any, weight: list[Value], paddin
         padding += weight[0].sizes[0]
     read.integers.add(numbers)
     inputs = {"input": [numbers], "weight": weight}
-    read.add(node, "embedding", inputs, padding_idx=-1 if padding is None else padding, **column)
+    return read.add(None, "embedding", inputs, padding_idx=-1 if padding is None else padding, **column)
 
 
 def _takes_numbers(read: Reader, node: Node) -> bool:
     """Whether a node is an embedding."""
     if node.op == "call_module":
-        return MODULE_ROWS.get(layer_forward(read.modules[str(node.target)])) is _embedding_module
+        return MODULE_ROWS.get(layer_forward(read.modules[str(node.target)])) in (_embedding_module, _embedding_bag)
     return node.target is F.embedding
 
 
@@ -1037,6 +1075,25 @@ def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False
     read.add(node, "amax", {"input": [read.data(x)]}, dims=_dims_given(dim), keepdim=bool(keepdim))
 
 
+@row(torch.logsumexp, "logsumexp")
+def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False) -> None:
+    value, dims = read.data(x), _dims_given(dim)
+    if not dims:
+        raise NotANetworkError("a logarithm of a sum goes over no dimension")
+    largest = read.add(None, "amax", {"input": [value]}, dims=dims, keepdim=True)
+    largest = read.add(
+        None, "clamp", {"input": [largest]}, min=-3e38, max=3e38
+    )  # so that infinities stay what they are
+    rest = read.add(None, "binary", {"input": [value], "other": [largest]}, function="sub")
+    powers = read.add(None, "activation", {"input": [rest]}, activation="exp")
+    sums = read.add(None, "mean", {"input": [powers]}, dims=dims, keepdim=True, sums=True)
+    logarithm = read.add(None, "unary", {"input": [sums]}, function="log")
+    value = read.add(None, "binary", {"input": [logarithm], "other": [largest]}, function="add")
+    if not keepdim:
+        value = read.add(None, "mean", {"input": [value]}, dims=dims)
+    read.values[node] = value
+
+
 @row(torch.max, "max")
 def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
     """The largest elements of a dimension. Their places, the second result, are no value of a network."""
@@ -1125,6 +1182,98 @@ def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
     read.add(node, "matmul", {"input": [read.data(x)], "other": [read.data(y)]})
 
 
+@row(torch.addmm, torch.baddbmm, "addmm", "baddbmm")
+def _addmm(read: Reader, node: Node, x: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> None:
+    if beta != 1 or alpha != 1:
+        raise NotANetworkError("a sum has a factor")
+    product = read.add(None, "matmul", {"input": [read.data(left)], "other": [read.data(right)]})
+    read.add(node, "binary", {"input": [product], "other": [read.data(x)]}, function="add")
+
+
+@row(F.cosine_similarity)
+def _cosine_similarity(read: Reader, node: Node, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> None:
+    directions = []
+    for value in (read.data(x1), read.data(x2)):
+        norm = read.add(None, "clamp", {"input": [_add_norm(read, None, value, 2, [dim], True)]}, min=float(eps))
+        directions.append(read.add(None, "binary", {"input": [value], "other": [norm]}, function="div"))
+    products = read.add(None, "binary", {"input": directions[:1], "other": directions[1:]}, function="mul")
+    read.add(node, "mean", {"input": [products]}, dims=[dim], sums=True)
+
+
+@module_row(nn.CosineSimilarity)
+def _cosine_similarity_module(read: Reader, node: Node, module: Any, x1: Any, x2: Any) -> None:
+    _cosine_similarity(read, node, x1, x2, module.dim, module.eps)
+    read.note(module, "dim", "eps")
+
+
+@row(torch.einsum)
+def _einsum(read: Reader, node: Node, equation: Any, *given: Any, path: Any = None) -> None:
+    operands = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    text = equation.replace(" ", "") if isinstance(equation, str) else ""
+    left, arrow, result = text.partition("->")
+    names = left.split(",")
+    letters = [one for name in names for one in name]
+    if not arrow:
+        result = "".join(sorted(one for one in set(letters) if letters.count(one) == 1))
+    is_plain = all(len(set(name)) == len(name) and name.isalpha() for name in [*names, result or "a"])
+    if len(operands) != 2 or len(names) != 2 or not is_plain or not set(result) <= set(letters):
+        raise NotANetworkError("an einsum is of other than two tensors, or has a diagonal or an ellipsis")
+    values = [
+        _summed(read, read.data(one), name, result + names[1 - i])
+        for i, (one, name) in enumerate(zip(operands, names, strict=True))
+    ]
+    _add_product(read, node, values, result)
+
+
+def _summed(read: Reader, value: Value, name: str, kept: str) -> tuple[Value, str]:
+    """Sums over the dimensions of an einsum's operand that nothing else has."""
+    alone = [dim for dim, letter in enumerate(name) if letter not in kept]
+    if alone:
+        value = read.add(None, "mean", {"input": [value]}, dims=alone, sums=True)
+    return value, "".join(letter for letter in name if letter in kept)
+
+
+def _arranged(read: Reader, value: Value, name: str, order: str) -> Value:
+    """Brings dimensions into an order, in which "1" is a dimension of one element that is not there yet."""
+    letters = [letter for letter in order if letter != "1"]
+    if letters != list(name):
+        value = read.add(None, "permute", {"input": [value]}, dims=[name.index(letter) for letter in letters])
+    for dim, letter in enumerate(order):
+        if letter == "1":
+            value = read.add(None, "unsqueeze", {"input": [value]}, dim=dim)
+    return value
+
+
+def _add_product(read: Reader, node: Node, values: Sequence[tuple[Value, str]], result: str) -> None:
+    """Adds an einsum of two operands: a product of matrices whose rows are dimensions of the first alone and whose
+    columns are dimensions of the second alone; or, where one has no such dimension, products and a sum."""
+    (first, a), (second, b) = values
+    batch = "".join(letter for letter in a if letter in b and letter in result)
+    summed = "".join(letter for letter in a if letter in b and letter not in result)
+    rows, columns = ("".join(one for one in own if one not in other) for own, other in ((a, b), (b, a)))
+    if summed and rows and columns:
+        # All but the last of the rows, and of the columns, are dimensions of the batch that the other operand lacks.
+        ahead, behind = rows[:-1], columns[:-1]
+        lefts = batch + ahead + "1" * len(behind) + rows[-1] + summed
+        rights = batch + "1" * len(ahead) + behind + summed + columns[-1]
+        left, right = _arranged(read, first, a, lefts), _arranged(read, second, b, rights)
+        if len(summed) > 1:
+            at = len(rights) - len(summed) - 1
+            left = read.add(None, "flatten", {"input": [left]}, start_dim=-len(summed))
+            right = read.add(None, "flatten", {"input": [right]}, start_dim=at, end_dim=at + len(summed) - 1)
+        value = read.add(None, "matmul", {"input": [left], "other": [right]})
+        name = batch + ahead + behind + rows[-1] + columns[-1]
+    else:
+        name = batch + rows + columns + summed
+        left = _arranged(read, first, a, batch + rows + "1" * len(columns) + summed)
+        right = _arranged(read, second, b, batch + "1" * len(rows) + columns + summed)
+        value = read.add(None, "binary", {"input": [left], "other": [right]}, function="mul")
+        if summed:
+            value = read.add(None, "mean", {"input": [value]}, dims=[-1 - i for i in range(len(summed))], sums=True)
+        name = name[: len(name) - len(summed)]
+    read.values[node] = _arranged(read, value, name, result)
+
+
 # ---- what moves elements --------------------------------------------------------------------------------------------
 
 
@@ -1173,6 +1322,11 @@ def _write_sizes(read: Reader, sizes: Sequence[Any]) -> tuple[list[Any], list[Va
         else:
             raise NotANetworkError("a tensor's sizes are computed")
     return written, like
+
+
+@row("view_as", "reshape_as")
+def _view_as(read: Reader, node: Node, x: Any, other: Any) -> None:
+    read.add(node, "reshape", {"input": [read.data(x)], "like": [read.value(other)]})
 
 
 @row("expand", "broadcast_to", torch.broadcast_to)
@@ -1288,8 +1442,11 @@ def _move_pixels(read: Reader, node: Node, x: Any, apart: list[Any], dims: list[
 
 @row(torch.squeeze, "squeeze")
 def _squeeze(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
+    if dim is None:
+        read.add(node, "squeeze", {"input": [read.data(x)]}, every=True)
+        return
     if type(dim) is not int:
-        raise NotANetworkError("squeeze takes away whatever dimensions are one")
+        raise NotANetworkError("squeeze takes away several dimensions")
     read.add(node, "squeeze", {"input": [read.data(x)]}, dim=dim)
 
 
@@ -1307,10 +1464,7 @@ def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> Non
 
 @row(torch.t, "t")
 def _turn(read: Reader, node: Node, x: Any) -> None:
-    value = read.data(x)
-    if len(value.sizes) != 2:
-        raise NotANetworkError("t may be of a tensor of one dimension")
-    read.add(node, "transpose", {"input": [value]}, first=0, second=1)
+    read.add(node, "permute", {"input": [read.data(x)]}, dims=[1, 0])  # (which refuses other numbers of dimensions)
 
 
 @row(torch.permute, "permute")

@@ -279,12 +279,15 @@ class ReductionLayer : public Layer<T> {
   }
   FormatRule formats() const override { return FormatRule::input; }
   // `rank` is how many dimensions the input must have; 0 stands for any number.
-  static void check_rank(int64_t rank, size_t dims) {
-    FASTNN_CHECK(rank == 0 || static_cast<int64_t>(dims) == rank, "expected ", rank, " dimensions, got ", dims);
+  // Where a line says how many dimensions there must be, nothing but the batch may be empty.
+  static void check_rank(int64_t rank, const Ints& sizes) {
+    if (rank == 0) return;
+    FASTNN_CHECK(static_cast<int64_t>(sizes.size()) == rank && product(sizes, 1, sizes.size()) > 0, "expected ", rank,
+                 " dimensions with elements, got size ", to_string(sizes));
   }
   void set_sizes(Site<T>& site) const override {
     const Ints& sizes = site.sizes(0);
-    check_rank(rank_, sizes.size());
+    check_rank(rank_, sizes);
     const std::vector<bool> taken = which(sizes.size());
     for (size_t d = 0; d < sizes.size(); ++d) {
       if (!taken[d] || keeps_) site.outputs[0].sizes.push_back(taken[d] ? 1 : sizes[d]);

@@ -277,17 +277,22 @@ class UnflattenLayer : public Layer<T> {
   Ints sizes_;
 };
 
-// squeeze and unsqueeze: take out a dimension if it has one element, or put one in.
+// squeeze and unsqueeze: take out a dimension if it has one element, or every dimension that has; or put one in.
 template <class T, bool adds>
 class SingleDimLayer : public Layer<T> {
  public:
-  SingleDimLayer(const ProgramLine& line, const Weights<T>&) : line_(line), dim_(line.integer("dim", -16, 15)) {
+  SingleDimLayer(const ProgramLine& line, const Weights<T>&)
+      : line_(line), every_(!adds && line.flag("every")), dim_(every_ ? 0 : line.integer("dim", -16, 15)) {
     this->inputs = {line.input("input")};
   }
   bool is_view(const Site<T>&) const override { return true; }
   void set_sizes(Site<T>& site) const override {
     Ints& result = site.outputs[0].sizes;
     result = site.sizes(0);
+    if (every_) {
+      result.erase(std::remove(result.begin(), result.end(), 1), result.end());
+      return;
+    }
     const auto place = result.begin() + static_cast<ptrdiff_t>(dimension_of(line_, dim_, result.size() + adds));
     if constexpr (adds) {
       result.insert(place, 1);
@@ -299,6 +304,7 @@ class SingleDimLayer : public Layer<T> {
 
  private:
   ProgramLine line_;
+  bool every_;
   int64_t dim_;
 };
 template <class T>
@@ -681,8 +687,9 @@ inline LayerEntry flatten_entry() {
 inline LayerEntry unflatten_entry() {
   return layer_entry<UnflattenLayer>("unflatten", {"input"}, {{"dim", "int", nullptr}, {"sizes", "ints", nullptr}});
 }
+constexpr const char* kNoDimension = "-17";  // which no value has: where it is the default, a line has to say another
 inline LayerEntry squeeze_entry() {
-  return layer_entry<SqueezeLayer>("squeeze", {"input"}, {{"dim", "int", nullptr}});
+  return layer_entry<SqueezeLayer>("squeeze", {"input"}, {{"dim", "int", kNoDimension}, {"every", "bool", "0"}});
 }
 inline LayerEntry unsqueeze_entry() {
   return layer_entry<UnsqueezeLayer>("unsqueeze", {"input"}, {{"dim", "int", nullptr}});

@@ -26,7 +26,7 @@ class MeanTraining : public UnaryTraining<T> {
         rank_(line.integer("rank", 0, 16)) {}
   void forward(Tensor* outputs) override {
     const Ints sizes = sizes_of(this->input());
-    ReductionLayer<T>::check_rank(rank_, sizes.size());
+    ReductionLayer<T>::check_rank(rank_, sizes);
     Ints dims = dims_;
     kept_sizes_ = sizes;
     if (dims.empty()) {
@@ -71,7 +71,7 @@ class AmaxTraining : public UnaryTraining<T> {
     if (!shares_ && dims_.size() != 1) line.refuse("expected one dimension, of which the first element wins");
   }
   void forward(Tensor* outputs) override {
-    ReductionLayer<T>::check_rank(rank_, static_cast<size_t>(this->input().dim()));
+    ReductionLayer<T>::check_rank(rank_, sizes_of(this->input()));
     if (shares_) {
       outputs[0] = stock("aten::amax", "", this->input(), dims_, keeps_);
       largest_ = outputs[0].borrow();
