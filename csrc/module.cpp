@@ -19,6 +19,7 @@
 #include "ops/conv_plan.h"
 #include "ops/conv_problem.h"
 #include "ops/mlp_chain.h"
+#include "ops/random.h"
 #include "ops/team_balance.h"
 #include "simd/activation.h"
 #include "simd/isa.h"
@@ -273,6 +274,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
+  m.def("take_back_random_state", &fastnn::take_back_random_state);
   m.def("forget_pass", fastnn::forget_pass, py::arg("number"),
         "Forget what fastnn::network_with_pass has left under this number.");
   m.def("team_choices", team_choices, py::arg("calls"),

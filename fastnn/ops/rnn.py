@@ -23,6 +23,7 @@ from fastnn.ops._autograd import (
     wants_gradient,
     wants_graph,
 )
+from fastnn.ops._random import draw_ones
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.recurrent_modes import MODE_OF, MODES, NUMBER_OF
 from fastnn.reference import rnn as reference
@@ -268,10 +269,7 @@ def dropout_masks(
     sizes = (num_layers - 1, rows, weights[1].shape[1] * (2 if bidirectional else 1))
     if dropout == 1:
         return input.new_zeros(sizes)
-    masks = input.new_empty(sizes)
-    for layer in range(num_layers - 1):
-        masks[layer].bernoulli_(1 - dropout).div_(1 - dropout)
-    return masks
+    return draw_ones(input.new_empty(sizes), 1 - dropout).div_(1 - dropout)
 
 
 class Rnn(torch.autograd.Function):

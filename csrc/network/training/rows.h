@@ -3,6 +3,7 @@
 
 #include "../../ops/mlp_by_layers.h"
 #include "../../ops/mlp_run.h"
+#include "../../ops/random.h"
 #include "../../ops/rnn_problem.h"
 #include "../layers/embedding.h"
 #include "layer.h"
@@ -162,15 +163,16 @@ inline double probability(const ProgramLine& line, const char* name) {
   return drops;
 }
 
-// Draws the numbers by which dropout multiplies elements. torch draws them, so that a seed gives the same elements as
+// Draws the numbers by which dropout multiplies elements, as torch draws them: a seed gives the same elements as
 // stock's. scales: a tensor without gaps.
 template <class T>
 void draw_scales(double drops, const Tensor& scales) {
   T* const to = mutable_data<T>(scales);
   const int64_t count = scales.numel();
   if (drops == 1) return static_cast<void>(std::fill_n(to, count, T(0)));
-  draw_ones(scales, 1 - drops);
   const T scale = static_cast<T>(1 - drops);
+  if (draw_from_lent_state<T>(1 - drops, T(1) / scale, count, to)) return;
+  draw_ones(scales, 1 - drops);
   parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) to[i] /= scale;
   });
