@@ -1,5 +1,5 @@
-// The input's gradient where strides are 1: a convolution of the output's gradient, by our forward kernels. Its weight is
-// forward's turned around: inputs and outputs have changed places, and the kernel's positions come backwards.
+// The input's gradient where strides are 1: a convolution of the output's gradient, by our forward kernels. Its weight
+// is forward's turned around: inputs and outputs have changed places, and the kernel's positions come backwards.
 #pragma once
 
 #include "conv_backward.h"

@@ -38,9 +38,9 @@ ForwardAlgorithm choose_forward(const ConvPoolGeometry& g, bool input_channels_l
   const bool signals_are_ours = g.is_signal() && !input_channels_last;
   const bool groups_are_ours =
       chosen == ForwardAlgorithm::pixels && !input_channels_last && g.has_narrow_groups(lanes) && g.pixels() > 1;
-  return multiplies_less || depthwise_is_ours || few_are_ours || doubles_are_ours || signals_are_ours ||
-                 groups_are_ours
-             ? chosen : ForwardAlgorithm::stock;
+  return multiplies_less || depthwise_is_ours || few_are_ours || doubles_are_ours || signals_are_ours || groups_are_ours
+             ? chosen
+             : ForwardAlgorithm::stock;
 }
 
 // The algorithm of the input's gradient as a convolution of the output's gradient, by our forward kernels; or `stock`.
@@ -67,8 +67,8 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
-// The gradients that our kernels give; the others are empty. Torch's are as fast for those, or elements are not finite or
-// so large that the transforms of Winograd could overflow.
+// The gradients that our kernels give; the others are empty. Torch's are as fast for those, or elements are not finite
+// or so large that the transforms of Winograd could overflow.
 template <class T>
 ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradient, const Tensor& input,
                             const Tensor& weight, const Wanted& wanted) {

@@ -145,8 +145,8 @@ Tensor draw_ones_of_state(const Tensor& state, const Tensor& like, double probab
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // state: as torch.get_rng_state() gives it. What this thread's networks drop is drawn from it, until it is taken back.
-  // The result is whether another state was lent before.
+  // state: as torch.get_rng_state() gives it. What this thread's networks drop is drawn from it, until it is taken
+  // back. The result is whether another state was lent before.
   m.def("lend_random_state(Tensor(a!) state) -> bool");
   // As many ones and zeros as `like` has elements, as torch's bernoulli_ draws them from the state, which goes on.
   m.def("draw_ones(Tensor(a!) state, Tensor like, float probability) -> Tensor");

@@ -237,8 +237,8 @@ class PreluTraining : public TrainingLayer<T> {
   }
 
  private:
-  // The gradient and x lie alike, without gaps. The elements are rows: planes of one channel, pixels of all channels, or,
-  // with one slope, any pieces.
+  // The gradient and x lie alike, without gaps. The elements are rows: planes of one channel, pixels of all channels,
+  // or, with one slope, any pieces.
   void backward_of(const Tensor& gradient, const Tensor& x, const Tensor& slopes, const bool* wanted,
                    Gradient<T>* results) const {
     constexpr int64_t kPiece = 4096;
