@@ -121,8 +121,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
 
 def _stretches_of(model: nn.Module) -> Iterator[tuple[tuple[str, ...], ...]]:
-    for trains in (True, False):
-        yield tuple(stretches_of(model, trains))
+    for records in (True, False):
+        yield tuple(stretches_of(model, records))
 
 
 def _is_fused(model: nn.Module) -> bool:

@@ -51,13 +51,13 @@ def traces_of(model: nn.Module) -> dict[nn.Module, Trace | None]:
     return found
 
 
-def stretches_of(model: nn.Module, trains: bool) -> Iterator[tuple[str, ...]]:
-    """Yields, for each stretch of layers that is one function of autograd, if it `trains`, or else one call in
+def stretches_of(model: nn.Module, records: bool) -> Iterator[tuple[str, ...]]:
+    """Yields, for each stretch of layers that is one function of autograd, if that `records`, or else one call in
     inference, the names of the layers in networks."""
     for module, trace in traces_of(model).items():
         if trace is None or STRETCHES in module.__dict__["forward"].left:
             continue
-        stretched = trace.stretched(module, trains)
+        stretched = trace.stretched(module, records)
         for program in () if stretched is None else stretched.networks:
             yield tuple(line.layer for line in read(program) if line.layer not in ("input", "weight", "output"))
 

@@ -291,27 +291,27 @@ class Trace:
         other._stretched = {}
         return other
 
-    def stretched(self, module: nn.Module, trains: bool) -> StretchedGraph | None:
-        """What runs in place of the trace, under autograd if it `trains`, else in inference; None where the trace
+    def stretched(self, module: nn.Module, records: bool) -> StretchedGraph | None:
+        """What runs in place of the trace, for autograd if that `records`, else in inference; None where the trace
         itself is as good, or the module is no longer what was traced."""
-        is_read = trains in self._stretched
-        if is_read and ((known := self._stretched[trains]) is None or known.guard.holds()):
+        is_read = records in self._stretched
+        if is_read and ((known := self._stretched[records]) is None or known.guard.holds()):
             return known
         if not self.holds():
             return None
         kind, parts = self.kind, Parts(module)
         is_alike = kind is not None and kind_of(parts) is kind
         found: StretchedGraph | None = None
-        if not is_read and is_alike and kind is not None and trains in kind.stretched:
-            found = kind.stretched[trains].mapped(parts.object_at)
+        if not is_read and is_alike and kind is not None and records in kind.stretched:
+            found = kind.stretched[records].mapped(parts.object_at)
             if not found.guard.begins():
                 found = None
         if found is None:
-            found = find_stretches(*self.write(), self.names, self.modules, trains)
+            found = find_stretches(*self.write(), self.names, self.modules, records)
             if found is not None and is_alike and kind is not None:
                 with suppress(NotAlikeError):
-                    kind.stretched[trains] = found.mapped(parts.place_of)
-        self._stretched[trains] = found
+                    kind.stretched[records] = found.mapped(parts.place_of)
+        self._stretched[records] = found
         return found
 
     def _write_and_run(self, module: nn.Module, *args: Any) -> Any:

@@ -143,15 +143,15 @@ class _Stretch:
 
 
 def find_stretches(
-    graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module], trains: bool
+    graph: Graph, sources: list[tuple[Any, Any]], names: Sequence[str], modules: dict[str, nn.Module], records: bool
 ) -> StretchedGraph | None:
-    """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`, for autograd if it
-    `trains`, else for inference. Returns None where no stretch is worth a call."""
+    """Reads a fused graph, whose inputs are those of `names` and then the tensors of `sources`, for calls that autograd
+    `records`, or else for inference. Returns None where no stretch is worth a call."""
     drop_unused_parts(graph, modules)
-    returned = set(graph.output_node().all_input_nodes) if trains else set()
+    returned = set(graph.output_node().all_input_nodes) if records else set()
     views: set[Node] = set()
     while True:
-        reading = _Reading(graph, sources, len(names), modules, returned, views, trains)
+        reading = _Reading(graph, sources, len(names), modules, returned, views, records)
         if not reading.read():
             return None
         # Several nodes may be one value, such as an activation and nn.Identity of it.
@@ -166,7 +166,7 @@ def find_stretches(
         views |= sharing
 
 
-class _TrainsError(Exception):
+class _SideEffectError(Exception):
     """A layer draws random numbers, or changes statistics."""
 
 
@@ -185,9 +185,9 @@ class _Reading:
         modules: dict[str, nn.Module],
         returned: set[Node],
         views: set[Node],
-        trains: bool,
+        records: bool,
     ) -> None:
-        self.graph, self.sources, self.modules, self.trains = graph, list(sources), modules, trains
+        self.graph, self.sources, self.modules, self.records = graph, list(sources), modules, records
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.inputs = placeholders[:inputs]
         self.order = Order(graph, modules)
@@ -219,9 +219,9 @@ class _Reading:
             reader.draws = False
             try:
                 self._read_layer(node, is_border)
-                if not self.trains:
+                if not self.records:
                     self._check_inference(reader.lines[count:])
-            except _TrainsError:
+            except _SideEffectError:
                 return False
             except NotANetworkError:
                 del reader.lines[count:], reader.counters[counted:]
@@ -245,13 +245,13 @@ class _Reading:
         return any(map(self._is_worth_a_call, self.stretches.values()))
 
     def _is_worth_a_call(self, stretch: _Stretch) -> bool:
-        return stretch.cost >= _LEAST_COST if self.trains else stretch.calls >= _LEAST_CALLS
+        return stretch.cost >= _LEAST_COST if self.records else stretch.calls >= _LEAST_CALLS
 
     def _check_inference(self, lines: Sequence[Line]) -> None:
         """Raises where a network has no such layers in inference, or would have to change something."""
         for line in lines:
             if has_side_effects(line):
-                raise _TrainsError
+                raise _SideEffectError
             if not KINDS[line.layer].infers:
                 raise NotANetworkError(f"{line.layer} is a layer of training alone")
             for name in _PARAMETERS & line.inputs.keys():
@@ -452,7 +452,7 @@ class _Reading:
         dtypes = ["int64" if value in reader.integers else "" for value in given]
         program: TrainedNetwork | InferenceNetwork
         tensors: Sequence[Tensor | Value]
-        if self.trains:
+        if self.records:
             text, tensors = write([(value, "") for value in given], lines, results, dtypes)
             program = TrainedNetwork(text)
         else:

@@ -82,11 +82,11 @@ class _Trial:
         parameters = {model: [p for p in model.parameters() if p.requires_grad] for model in models}
 
         def step(model: nn.Module) -> None:
-            trains = self.training and bool(parameters[model])
-            with torch.set_grad_enabled(trains):
+            records = self.training and bool(parameters[model])
+            with torch.set_grad_enabled(records):
                 outputs = [t for t in pytree.tree_leaves(model(*cloned(inputs))) if isinstance(t, Tensor)]
             wanted = [t for t in outputs if t.requires_grad]
-            if trains and wanted:
+            if records and wanted:
                 ones = [torch.ones_like(t) for t in wanted]
                 torch.autograd.grad(wanted, parameters[model], ones, allow_unused=True)
 
