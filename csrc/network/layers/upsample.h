@@ -43,43 +43,69 @@ class UpsampleLayer : public Layer<T> {
   bool aligns_corners() const { return aligns_; }
 
   void run(const LayerCall<T>& call) const override {
-    const ValueType& input = call.site.inputs[0];
-    const size_t dims = input.sizes.size() - 2;
-    const int64_t rows = dims > 1 ? input.sizes[2] : 1, columns = input.sizes[1 + dims];
-    const Ints& sizes = call.site.outputs[0].sizes;
-    const int64_t out_rows = dims > 1 ? sizes[2] : 1, out_columns = sizes[1 + dims];
+    const ValueType &input = call.site.inputs[0], &output = call.site.outputs[0];
     // An image of one pixel is the same in both formats, so the format of the other counts.
-    const bool channels_last = is_same_order(sizes) ? input.channels_last() : call.site.outputs[0].channels_last();
-    const int64_t inner = channels_last ? input.sizes[1] : 1;  // elements of a pixel that lie together
-    const int64_t planes = input.sizes[0] * (channels_last ? 1 : input.sizes[1]);
-    const int64_t row = columns * inner, out_row = out_columns * inner;
-    std::vector<Place> places;
-    for (int64_t x = 0; x < out_columns; ++x) places.push_back(place(x, columns, out_columns, dims - 1));
+    const bool channels_last = is_same_order(output.sizes) ? input.channels_last() : output.channels_last();
+    enlarge(call.input(0), input.sizes, output.sizes, channels_last, call.output(0));
+  }
+
+  // Enlarges images (sizes) to others (out_sizes). Both lie in this format, without gaps.
+  void enlarge(const T* input, const Ints& sizes, const Ints& out_sizes, bool channels_last, T* output) const {
+    const Geometry g(*this, sizes, out_sizes, channels_last);
     const auto& kernels = elementwise_kernels().get<T>();
-    parallel_range(planes * out_rows, kCopyWork * static_cast<double>(out_row), [&](int64_t first, int64_t last) {
-      const Scratch<T> between(linear_ && dims > 1 ? row : 0);
+    parallel_range(g.planes * g.out_rows, kCopyWork * static_cast<double>(g.out_row), [&](int64_t first, int64_t last) {
+      const Scratch<T> between(linear_ && g.dims > 1 ? g.row : 0);
       for (int64_t i = first; i < last; ++i) {
-        const int64_t y = i % out_rows;
-        const T* const image = call.input(0) + i / out_rows * rows * row;
-        T* const to = call.output(0) + i * out_row;
-        const Place at = place(y, rows, out_rows, 0);
-        const T* from = image + at.first * row;
-        if (linear_ && dims > 1) {  // by a part of 0, too, which makes NaN of an infinity, as in torch
-          kernels.blend(from, image + at.second * row, static_cast<T>(at.part), row, between.get());
+        const T* const image = input + i / g.out_rows * g.rows * g.row;
+        T* const to = output + i * g.out_row;
+        const Place at = place(i % g.out_rows, g.rows, g.out_rows, 0);
+        const T* from = image + at.first * g.row;
+        if (linear_ && g.dims > 1) {  // by a part of 0, too, which makes NaN of an infinity, as in torch
+          kernels.blend(from, image + at.second * g.row, static_cast<T>(at.part), g.row, between.get());
           from = between.get();
         }
-        for (size_t x = 0; x < places.size(); ++x) {
-          const Place& column = places[x];
-          const T *const left = from + column.first * inner, *const right = from + column.second * inner;
-          T* const pixel = to + static_cast<int64_t>(x) * inner;
-          if (!linear_) {
-            std::copy_n(left, inner, pixel);
-          } else if (inner == 1) {
-            const T part = static_cast<T>(column.part);
-            *pixel = *left * (1 - part) + *right * part;
-          } else {
-            kernels.blend(left, right, static_cast<T>(column.part), inner, pixel);
+        if (linear_ && g.inner == 1) {
+          for (size_t x = 0; x < g.parts.size(); ++x) {
+            to[x] = from[g.firsts[x]] * (1 - g.parts[x]) + from[g.seconds[x]] * g.parts[x];
           }
+          continue;
+        }
+        for (size_t x = 0; x < g.parts.size(); ++x) {
+          const T *const left = from + g.firsts[x] * g.inner, *const right = from + g.seconds[x] * g.inner;
+          T* const pixel = to + static_cast<int64_t>(x) * g.inner;
+          linear_ ? kernels.blend(left, right, g.parts[x], g.inner, pixel)
+                  : static_cast<void>(std::copy_n(left, g.inner, pixel));
+        }
+      }
+    });
+  }
+
+  // The gradient of images (sizes) from that of the enlarged ones (out_sizes), each in this format, without gaps. Each
+  // plane is summed by one thread. Only of linear interpolation.
+  void add_back(const T* gradient, const Ints& sizes, const Ints& out_sizes, bool channels_last, T* to) const {
+    const Geometry g(*this, sizes, out_sizes, channels_last);
+    const double work = 2 * kCopyWork * static_cast<double>(g.out_rows * g.out_row);
+    parallel_range(g.planes, work, [&](int64_t first, int64_t last) {
+      const Scratch<T> between(g.row);
+      T* const sums = between.get();
+      for (int64_t plane = first; plane < last; ++plane) {
+        T* const image = to + plane * g.rows * g.row;
+        std::fill_n(image, g.rows * g.row, T(0));
+        for (int64_t y = 0; y < g.out_rows; ++y) {
+          const T* const from = gradient + (plane * g.out_rows + y) * g.out_row;
+          std::fill_n(sums, g.row, T(0));
+          for (size_t x = 0; x < g.parts.size(); ++x) {
+            const T part = g.parts[x], rest = 1 - part;
+            const T* const pixel = from + static_cast<int64_t>(x) * g.inner;
+            T *const left = sums + g.firsts[x] * g.inner, *const right = sums + g.seconds[x] * g.inner;
+            for (int64_t c = 0; c < g.inner; ++c) left[c] += pixel[c] * rest;
+            for (int64_t c = 0; c < g.inner; ++c) right[c] += pixel[c] * part;
+          }
+          const Place at = g.dims > 1 ? place(y, g.rows, g.out_rows, 0) : Place{0, 0, 0};
+          const T part = static_cast<T>(at.part), rest = 1 - part;
+          T *const upper = image + at.first * g.row, *const lower = image + at.second * g.row;
+          for (int64_t i = 0; i < g.row; ++i) upper[i] += sums[i] * rest;
+          for (int64_t i = 0; i < g.row; ++i) lower[i] += sums[i] * part;
         }
       }
     });
@@ -90,6 +116,30 @@ class UpsampleLayer : public Layer<T> {
   struct Place {
     int64_t first, second;
     double part;
+  };
+  // Rows of both images, and for each column of the larger one its place.
+  struct Geometry {
+    size_t dims;
+    int64_t rows, out_rows, inner, planes;  // inner: elements of a pixel that lie together
+    int64_t row, out_row;                   // elements of a row
+    std::vector<int64_t> firsts, seconds;
+    std::vector<T> parts;
+
+    Geometry(const UpsampleLayer& layer, const Ints& sizes, const Ints& out_sizes, bool channels_last)
+        : dims(sizes.size() - 2),
+          rows(dims > 1 ? sizes[2] : 1),
+          out_rows(dims > 1 ? out_sizes[2] : 1),
+          inner(channels_last ? sizes[1] : 1),
+          planes(sizes[0] * (channels_last ? 1 : sizes[1])),
+          row(sizes[1 + dims] * inner),
+          out_row(out_sizes[1 + dims] * inner) {
+      for (int64_t x = 0; x < out_sizes[1 + dims]; ++x) {
+        const Place at = layer.place(x, sizes[1 + dims], out_sizes[1 + dims], dims - 1);
+        firsts.push_back(at.first);
+        seconds.push_back(at.second);
+        parts.push_back(static_cast<T>(at.part));
+      }
+    }
   };
   // Of `size` pixels along dimension d of images, which become `many`.
   Place place(int64_t at, int64_t size, int64_t many, size_t d) const {

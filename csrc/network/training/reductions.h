@@ -431,45 +431,59 @@ class AdaptiveAverageTraining : public UnaryTraining<T> {
   Tensor images_, output_;
 };
 
-// Images enlarged by whole factors, or of other sizes.
+// Images enlarged by whole factors, or of other sizes: by the nearest pixels by torch, and linearly by ourselves.
 template <class T>
 class UpsampleTraining : public SizedTraining<T, UpsampleLayer> {
  public:
   using SizedTraining<T, UpsampleLayer>::SizedTraining;
   void forward(Tensor* outputs) override {
-    const Ints sizes = this->output_sizes();
-    size_.assign(sizes.begin() + 2, sizes.end());
+    sizes_ = this->output_sizes();
     const UpsampleLayer<T>& layer = this->layer_;
-    const bool linear = layer.is_linear(), aligns = layer.aligns_corners();
     const Tensor& input = this->given[0];
+    const Ints size(sizes_.begin() + 2, sizes_.end());
     const std::optional<double> first = layer.scale(0), second = layer.scale(1);
-    if (size_.size() == 1) {
-      outputs[0] = linear ? stock("aten::upsample_linear1d", "", input, size_, aligns, first)
-                          : stock("aten::upsample_nearest1d", "", input, size_, first);
+    if (layer.is_linear()) {
+      last_ = is_channels_last(input);
+      outputs[0] = new_formatted(sizes_, kDtypeOf<T>, last_);
+      const Tensor images = in_order(input);
+      layer.enlarge(data<T>(images), sizes_of(input), sizes_, last_, mutable_data<T>(outputs[0]));
+    } else if (size.size() == 1) {
+      outputs[0] = stock("aten::upsample_nearest1d", "", input, size, first);
     } else {
-      outputs[0] = linear ? stock("aten::upsample_bilinear2d", "", input, size_, aligns, first, second)
-                          : stock("aten::upsample_nearest2d", "", input, size_, first, second);
+      outputs[0] = stock("aten::upsample_nearest2d", "", input, size, first, second);
     }
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
     const UpsampleLayer<T>& layer = this->layer_;
-    const bool linear = layer.is_linear(), aligns = layer.aligns_corners();
     const Tensor& gradient = gradients[0];
-    const Ints own = sizes_of(this->given[0]);
+    const Ints own = sizes_of(this->given[0]), size(sizes_.begin() + 2, sizes_.end());
     const std::optional<double> first = layer.scale(0), second = layer.scale(1);
-    if (size_.size() == 1) {
-      results[0].tensor = linear ? stock("aten::upsample_linear1d_backward", "", gradient, size_, own, aligns, first)
-                                 : stock("aten::upsample_nearest1d_backward", "", gradient, size_, own, first);
+    if (layer.is_linear()) {
+      Tensor result = new_formatted(own, kDtypeOf<T>, last_);
+      const Tensor images = in_order(gradient);
+      layer.add_back(data<T>(images), own, sizes_, last_, mutable_data<T>(result));
+      results[0] = {std::move(result), nullptr, true};
+    } else if (size.size() == 1) {
+      results[0].tensor = stock("aten::upsample_nearest1d_backward", "", gradient, size, own, first);
     } else {
-      results[0].tensor =
-          linear ? stock("aten::upsample_bilinear2d_backward", "", gradient, size_, own, aligns, first, second)
-                 : stock("aten::upsample_nearest2d_backward", "", gradient, size_, own, first, second);
+      results[0].tensor = stock("aten::upsample_nearest2d_backward", "", gradient, size, own, first, second);
     }
   }
 
  private:
-  Ints size_;
+  // The images as they are, or a copy whose elements lie without gaps in this layer's format.
+  Tensor in_order(const Tensor& images) const {
+    const Ints strides = format_strides(sizes_of(images), last_);
+    const Sizes own = images.strides();
+    if (std::equal(own.begin(), own.end(), strides.begin())) return images.borrow();
+    Tensor copy = new_formatted(sizes_of(images), kDtypeOf<T>, last_);
+    stock("aten::copy_", "", copy, images, false);
+    return copy;
+  }
+
+  Ints sizes_;         // of the output
+  bool last_ = false;  // channels last
 };
 
 // Matrices (..., n, m) transposed to (..., m, n).
