@@ -94,10 +94,14 @@ class BuildExtension(build_ext):
             output,
             libraries=self.get_libraries(ext),
             library_dirs=ext.library_dirs,
-            extra_postargs=ext.extra_link_args,
+            extra_postargs=[*ext.extra_link_args, *self.flags_of_release()],
             build_temp=self.build_temp,
             target_lang="c++",
         )
+
+    def flags_of_release(self):
+        """The names of functions are for profilers, and a tenth of the file: a wheel goes without."""
+        return [] if self.inplace or TARGET.startswith("macosx") else ["-Wl,--strip-all"]
 
     def compile_one(self, ext, source, folder, flags):
         output_dir = os.path.join(self.build_temp, folder)
