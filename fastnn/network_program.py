@@ -6,7 +6,7 @@ attributes. Which layers there are, with their inputs, attributes and defaults, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,12 +179,6 @@ class TextLine:
         if kind == "ints":
             return [int(one) if one.lstrip("-").isdecimal() else one for one in text.split(",")] if text else []
         return text
-
-
-def only_drops(lines: Iterable[Line | TextLine]) -> bool:
-    """Whether a program draws random numbers, and by dropouts alone."""
-    drawing = [one for one in lines if one.layer in ("dropout", "noise") or float(one.attributes.get("dropout", 0)) > 0]
-    return bool(drawing) and not any(one.layer == "noise" for one in drawing)
 
 
 def read(text: str) -> Iterator[TextLine]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastnn._torch import pytree
 from fastnn.ops import training_step as operators
-from fastnn.ops._random import Lent
 from fastnn.ops.network_training import forget_pass, network_backward, network_with_pass
 from fastnn.training_binding import Binding
 from fastnn.training_epoch import Batches
@@ -32,7 +31,7 @@ def in_one_call(
     """Runs a step -> the loss, and the gradients where the binding keeps them. Of several processes it runs all but the
     update, and leaves the gradients in ``binding.flat``."""
     gradients: Sequence[Tensor] = ()
-    with binding.no_grad, Lent(reading.network.only_drops):
+    with binding.no_grad:
         loss: Tensor
         if binding.flat is not None:
             loss = operators.bound_gradients(inputs, target, binding.bound, binding.numbers, binding.flat.of_program)
@@ -51,7 +50,7 @@ def in_one_call(
 
 def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, first: int, last: int) -> Tensor:
     """Runs steps on the batches [first, last), or on the first of them -> their losses."""
-    with binding.no_grad, Lent(reading.network.only_drops):
+    with binding.no_grad:
         losses: Tensor = operators.bound_epoch(
             batches.inputs, batches.targets[0], batches.order, *batches.places(first, last), batches.batch_size,
             binding.bound, binding.numbers,
@@ -66,7 +65,7 @@ def in_two_calls(
     """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls."""
     undo = _copy_of_forward(reading, binding)
     try:
-        with binding.no_grad, Lent(reading.network.only_drops):
+        with binding.no_grad:
             outputs, saved = network_with_pass(inputs, binding.parameters, reading.network.text)
     except RuntimeError as error:
         undo()

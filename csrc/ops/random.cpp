@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "register.h"
+#include "stock.h"
 
 namespace fastnn {
 namespace {
@@ -117,62 +118,60 @@ uint8_t* bytes_of(const Tensor& state) {
   return mutable_data<uint8_t>(state);
 }
 
-struct Lent {
-  std::optional<Tensor> state;
-  bool is_drawn_from = false;
-};
-thread_local Lent lent;
-
-bool lend_random_state(const Tensor& state) {
-  bytes_of(state);
-  const bool had_one = lent.state.has_value();
-  lent = {Tensor(state), false};
-  return had_one;
-}
-
-Tensor draw_ones_of_state(const Tensor& state, const Tensor& like, double probability) {
-  FASTNN_CHECK(like.is_cpu() && probability >= 0 && probability <= 1, "draw_ones: expected a probability, got ",
+// A new tensor of the sizes of `like`, filled by fill(count, elements).
+template <class Fill>
+Tensor filled_like(const char* op, const Tensor& like, double probability, const Fill& fill) {
+  FASTNN_CHECK(like.is_cpu() && probability >= 0 && probability <= 1, op, ": expected a probability, got ",
                probability);
   const bool is_double = like.scalar_type() == ScalarType::Double;
-  FASTNN_CHECK(is_double || like.scalar_type() == ScalarType::Float, "draw_ones: expected float32 or float64");
+  FASTNN_CHECK(is_double || like.scalar_type() == ScalarType::Float, op, ": expected float32 or float64");
   Tensor ones = new_tensor(sizes_of(like), like.scalar_type());
-  if (is_double) {
-    draw(bytes_of(state), probability, 1.0, ones.numel(), mutable_data<double>(ones));
-  } else {
-    draw(bytes_of(state), probability, 1.0f, ones.numel(), mutable_data<float>(ones));
-  }
+  is_double ? fill(ones, mutable_data<double>(ones)) : fill(ones, mutable_data<float>(ones));
   return ones;
 }
 
+Tensor draw_ones_of_state(const Tensor& state, const Tensor& like, double probability) {
+  return filled_like("draw_ones_of_state", like, probability, [&](const Tensor& ones, auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    draw(bytes_of(state), probability, T(1), ones.numel(), to);
+  });
+}
+
+Tensor draw_ones_like(const Tensor& like, double probability) {
+  return filled_like("draw_ones", like, probability, [&](const Tensor& ones, auto* to) {
+    using T = std::remove_pointer_t<decltype(to)>;
+    if (!draw_as_torch(probability, T(1), ones.numel(), to)) draw_ones(ones, probability);
+  });
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
-  // state: as torch.get_rng_state() gives it. What this thread's networks drop is drawn from it, until it is taken
-  // back. The result is whether another state was lent before.
-  m.def("lend_random_state(Tensor(a!) state) -> bool");
-  // As many ones and zeros as `like` has elements, as torch's bernoulli_ draws them from the state, which goes on.
-  m.def("draw_ones(Tensor(a!) state, Tensor like, float probability) -> Tensor");
+  // As many ones and zeros as `like` has elements, as torch's bernoulli_ draws them.
+  m.def("draw_ones(Tensor like, float probability) -> Tensor");
+  // The same from a state as torch.get_rng_state() gives it, which goes on.
+  m.def("draw_ones_of_state(Tensor(a!) state, Tensor like, float probability) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("lend_random_state", FASTNN_BOX(lend_random_state));
-  m.impl("draw_ones", FASTNN_BOX(draw_ones_of_state));
+  m.impl("draw_ones", FASTNN_BOX(draw_ones_like));
+  m.impl("draw_ones_of_state", FASTNN_BOX(draw_ones_of_state));
 }
 
 }  // namespace
 
-bool take_back_random_state() {
-  const bool is_drawn_from = lent.is_drawn_from;
-  lent = {};
-  return is_drawn_from;
+namespace {
+WithRandomState random_state_holder = nullptr;
+}
+
+void set_random_state_holder(WithRandomState holder) {
+  random_state_holder = holder;
 }
 
 template <class T>
-bool draw_from_lent_state(double probability, T value, int64_t count, T* to) {
-  if (!lent.state) return false;
-  lent.is_drawn_from = true;
-  draw(bytes_of(*lent.state), probability, value, count, to);
-  return true;
+bool draw_as_torch(double probability, T value, int64_t count, T* to) {
+  return random_state_holder &&
+         random_state_holder([&](uint8_t* state) { draw(state, probability, value, count, to); });
 }
-template bool draw_from_lent_state(double, float, int64_t, float*);
-template bool draw_from_lent_state(double, double, int64_t, double*);
+template bool draw_as_torch(double, float, int64_t, float*);
+template bool draw_as_torch(double, double, int64_t, double*);
 
 }  // namespace fastnn

@@ -6,16 +6,20 @@
 // equidistributed uniform pseudo-random number generator", ACM TOMACS 8 (1998).
 #pragma once
 
+#include <functional>
+
 #include "tensor.h"
 
 namespace fastnn {
 
-// Fills `count` elements with `value`, with this probability, and zeros, as torch's bernoulli_ does, from the state
-// that this thread has been lent (random.cpp). Returns false, and draws nothing, where it has been lent none.
+// Fills `count` elements with `value`, with this probability, and zeros, as torch's bernoulli_ does. Returns false, and
+// draws nothing, where torch has to draw.
 template <class T>
-bool draw_from_lent_state(double probability, T value, int64_t count, T* to);
+bool draw_as_torch(double probability, T value, int64_t count, T* to);
 
-// Ends the loan of this thread's state. Returns whether any number has been drawn from it.
-bool take_back_random_state();
+// Calls draw(state) with the state of torch's generator, and stores the state that this leaves; or returns false. No
+// other thread that draws by it may come between.
+using WithRandomState = bool (*)(const std::function<void(uint8_t* state)>& draw);
+void set_random_state_holder(WithRandomState holder);
 
 }  // namespace fastnn

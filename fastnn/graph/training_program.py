@@ -18,7 +18,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
 from fastnn.graph.reader import NotANetworkError, Reader, used_lines
-from fastnn.network_program import Value, only_drops, write
+from fastnn.network_program import Value, write
 
 
 @dataclass
@@ -35,7 +35,6 @@ class TrainingProgram:
     guard: Guard  # of layers that the graph calls and the program does not: their attributes that became numbers
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
-    only_drops: bool  # of those that draw: only dropouts do
 
     def mapped(self, of: Callable[[Any], Any]) -> TrainingProgram:
         """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
@@ -117,6 +116,5 @@ def _read_training_program(trace: Trace) -> TrainingProgram:
     first = {id(own[name]): place for place, (own, name) in reversed(list(enumerate(reader.sources)))}
     parameters = [first[id(tensor)] for tensor in tensors]
     return TrainingProgram(
-        text, reader.sources, parameters, len(inputs), outputs, log_softmax, reader.guard, reader.counters,
-        reader.draws, only_drops(lines),
-    )  # fmt: skip
+        text, reader.sources, parameters, len(inputs), outputs, log_softmax, reader.guard, reader.counters, reader.draws
+    )

@@ -15,9 +15,8 @@ from torch import Tensor
 from fastnn._extension import load_extension
 from fastnn._torch import backward_may_run_again, direct_call
 from fastnn.activations import parse_one
-from fastnn.network_program import TextLine, only_drops, read
+from fastnn.network_program import TextLine, read
 from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
-from fastnn.ops._random import Lent
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference.network import Taken, attention_layer, layers_of_rnn, network, rnn_layer
 
@@ -49,7 +48,6 @@ class TrainedNetwork:
     def __init__(self, text: str) -> None:
         self.text = text
         self.inputs = sum(line.layer == "input" for line in read(text))
-        self.only_drops = only_drops(read(text))
         self._needs: dict[tuple[bool, ...], Needs] = {}
 
     def takes(self, input: Tensor) -> bool:
@@ -144,11 +142,7 @@ class Network(torch.autograd.Function):
 
     @staticmethod
     def record(ctx: Any, program: TrainedNetwork, *tensors: Tensor) -> Any:
-        if program.only_drops:
-            with Lent(True):
-                outputs, number = network_with_pass(tensors[: program.inputs], tensors[program.inputs :], program.text)
-        else:
-            outputs, number = network_with_pass(tensors[: program.inputs], tensors[program.inputs :], program.text)
+        outputs, number = network_with_pass(tensors[: program.inputs], tensors[program.inputs :], program.text)
         own = _Pass(int(number).to_bytes(8, "little"))
         needs = program.needs(tuple([tensor.requires_grad for tensor in tensors]))
         own.rest = [((rest := tensors[i]), rest._version) for i in needs.rest]

@@ -171,7 +171,7 @@ void draw_scales(double drops, const Tensor& scales) {
   const int64_t count = scales.numel();
   if (drops == 1) return static_cast<void>(std::fill_n(to, count, T(0)));
   const T scale = static_cast<T>(1 - drops);
-  if (draw_from_lent_state<T>(1 - drops, T(1) / scale, count, to)) return;
+  if (draw_as_torch<T>(1 - drops, T(1) / scale, count, to)) return;
   draw_ones(scales, 1 - drops);
   parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) to[i] /= scale;
