@@ -85,7 +85,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
     ``depthwise``, ``direct``, and ``stock``, torch's own convolution followed by ReLU and max-pool in one pass; the
     table says why each is chosen. In backward they are ``winners``, which visits only the argmax of each window,
     ``depthwise``, which has channels in the lanes, ``taps``, which has pixels there (for few input channels),
-    ``winograd`` and ``stock``. ``convolution``, which has no ReLU and no pool, is ``winograd`` or ``stock``.
+    ``winograd`` and ``stock``. ``convolution``, which has no ReLU and no pool, has the same; in backward two where the
+    gradients of input and weight have an algorithm each.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected a torch.nn.Module, got a {type(model).__name__}")

@@ -1,6 +1,7 @@
 """Layers of networks that gather elements, and functions that are several layers: statistics, norms, einsum. What stock
 refuses is refused, and what changes between calls is seen."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -75,7 +76,7 @@ TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
     "lists behind an ellipsis": lambda x: x[..., [1, 0, -1], :] + x[:, None, [1, 1]].mean((1, 2))[:, None, :3],
     "variances": lambda x: x - x.var(1, True, True) + x.std(False) + torch.std(x, (1, 2), correction=2, keepdim=True),
     "cosines": lambda x: (
-        F.cosine_similarity(x, x.flip(3), -1) * F.cosine_similarity(x, x.mean(0, keepdim=True), 1).sum()
+        F.cosine_similarity(x, x.flip(3), -1) * F.cosine_similarity(x.mean(0, keepdim=True), x, 1).sum()
     ),
     "logarithms of sums": lambda x: (
         torch.logsumexp(40 * x, (1, -1)) + x.logsumexp(dim=2, keepdim=True).squeeze(2).mean(-1)[:, :5].mean()
@@ -152,6 +153,71 @@ def test_other_einsums_are_torchs(equation: str) -> None:
                 results.append(str(error))
     assert type(results[0]) is type(results[1])
     torch.testing.assert_close(*results) if isinstance(results[0], Tensor) else None
+
+
+# Functions that networks take for some sizes alone: for others torch computes, or raises, as stock does.
+OF_SOME_SIZES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a cosine of tensors that broadcast": lambda x: F.cosine_similarity(x, x[:, :1], 1),
+    "a cosine of fewer dimensions": lambda x: F.cosine_similarity(x, x[0], 1),
+    "a cosine below epsilon": lambda x: F.cosine_similarity(x, x.flip(1), 1, eps=10.0),
+    "a cosine's epsilon below zero": lambda x: F.cosine_similarity(x, x, 1, eps=-1.0),
+    "an einsum of letters of size one": lambda x: torch.einsum(
+        "ijkl,kij->l", x[:, :1, :, :], x.mean(3).permute(2, 0, 1)
+    ),
+    "an einsum of other numbers of dimensions": lambda x: torch.einsum("ij,jk->ik", x, x[0, 0].t()),
+    "an einsum of sizes that disagree": lambda x: torch.einsum("abcd,bd->a", x, x[0, :, :, 0]),
+    "an einsum of other letters": lambda x: torch.einsum("aé,éc->ac", x[0, 0], x[0, 1].t()),
+    "an einsum whose arrow is cut": lambda x: torch.einsum("ab,bc- >ac", x[0, 0], x[0, 1].t()),
+    "a sum larger than the product": lambda x: torch.addmm(x[0], x[0, 0], x[0, 1].t()),
+    "a product of three dimensions": lambda x: torch.addmm(x[0, 0, 0], x[0], x[0, 1].t()),
+    "products of other batches": lambda x: torch.baddbmm(x[0], x[:1, 0, :, :5], x[1]),
+    "a squeeze of None": lambda x: torch.squeeze(x, None),
+    "logarithms of sums of one number": lambda x: torch.logsumexp(x.sum(), 0),
+    "logarithms of sums of infinities": lambda x: torch.logsumexp(torch.log(torch.relu(x) * 0) + x[:1] * 0, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", OF_SOME_SIZES)
+def test_what_networks_take_for_some_sizes(name: str) -> None:
+    x, model = torch.randn(4, 6, 5, 7, dtype=torch.float64), Between(OF_SOME_SIZES[name]).double()
+
+    def results(model: Callable[[Tensor], Tensor], with_gradient: bool) -> list[Tensor] | None:
+        try:
+            with torch.set_grad_enabled(with_gradient):
+                y = model(x)
+            return [y.detach(), *(torch.autograd.grad(y.sum(), model.before.weight) if with_gradient else ())]
+        except ERRORS:
+            return None
+
+    stock = [results(model, with_gradient) for with_gradient in (False, True)]
+    fused = fastnn.fuse(copy.deepcopy(model))
+    for _ in range(2):
+        for expected, with_gradient in zip(stock, (False, True), strict=True):
+            torch.testing.assert_close(results(fused, with_gradient), expected, equal_nan=True)
+    if stock[0] is not None:
+        torch.testing.assert_close(fastnn.freeze(model.eval(), x)(x), stock[0][0], equal_nan=True)
+
+
+def test_parts_and_wholes_stay_in_one_memory() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.out(torch.tanh(self.fc(x)))
+            return y.squeeze(), y.softmax(-1), y.chunk(2, 1)[0], torch.tanh(y).t(), y.t()
+
+    model, x = Parts(), torch.randn(4, 6)
+    fused = fastnn.fuse(copy.deepcopy(model))
+    with torch.no_grad():
+        for _ in range(3):
+            stock, ours = model(x), fused(x)
+            assert [one.stride() for one in ours] == [one.stride() for one in stock]
+            for some in (stock, ours):
+                some[0].add_(100)
+            for a, b in zip(ours, stock, strict=True):
+                torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])

@@ -54,6 +54,8 @@ const std::vector<LayerEntry>& layer_entries() {
         squeeze_entry(),
         unsqueeze_entry(),
         contiguous_entry(),
+        detach_entry(),
+        check_sizes_entry(),
         permute_entry(),
         transpose_entry(),
         select_entry(),

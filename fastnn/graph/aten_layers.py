@@ -677,8 +677,28 @@ class _AsFused:
     def optional(self, node: Any) -> list[Value]:
         return [] if node is None else [self.data(node)]
 
+    def dtype(self) -> torch.dtype:
+        return self._read.dtype
+
     def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
-        result = self._read.add(layer, {name: values for name, values in inputs.items() if values}, (), **attributes)
+        sizes: Sequence[Any] = ()
+        if layer == "check_sizes":
+            sizes = inputs["input"][0].sizes
+            like = [value.sizes for value in inputs["like"]]
+            asked = [
+                own if one == -1 else like[0][int(one.partition(".")[2])]
+                for one, own in zip(attributes["sizes"], sizes, strict=True)
+            ]
+            if not _same(sizes, asked):
+                raise NotALayerError("takes tensors whose sizes are broadcast")
+        if layer == "expand":
+            own, sizes = inputs["input"][0].sizes, inputs["like"][0].sizes
+            behind = sizes[len(sizes) - len(own) :]
+            if len(own) > len(sizes) or not all(
+                one == 1 or _same([one], [to]) for one, to in zip(own, behind, strict=True)
+            ):
+                raise NotALayerError("takes tensors whose sizes are broadcast")
+        result = self._read.add(layer, {name: values for name, values in inputs.items() if values}, sizes, **attributes)
         if node is not None:
             self.values[node] = result
         return result
@@ -711,12 +731,18 @@ _FUSED_ROWS: dict[Any, Any] = {
 }
 
 
+_OVER_DIMENSIONS = (_aten.amax.default, _aten.logsumexp.default, _aten.cosine_similarity.default)
+
+
 @_row(*_FUSED_ROWS)
 def _as_function(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
     seen = _AsFused(read)
+    if any(isinstance(one, Node) and not _sizes(one) for one in args) and node.target in _OVER_DIMENSIONS:
+        raise NotALayerError("takes a single number")
     if node.target is _aten.rms_norm.default and (len(args) < 4 or args[3] is None):
         kwargs["eps"] = torch.finfo(read.dtype).eps
         args = args[:3]
+    kwargs.pop("path", None)  # of einsum
     try:
         FUNCTION_ROWS[_FUSED_ROWS[node.target]](seen, node, *args, **kwargs)
     except NotANetworkError as reason:

@@ -4,6 +4,7 @@ function, method or module. (Those of attention are in ``attention_layers.py``.)
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from math import isfinite, isnan, prod
 from typing import Any
@@ -40,7 +41,7 @@ from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
 VIEWS = frozenset(
     {
         *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
-        *("split", "unflatten"),
+        *("split", "unflatten", "detach", "check_sizes"),
     }
 )
 
@@ -390,8 +391,8 @@ def _glu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 @row(torch.clamp, "clamp", torch.clip, "clip")
 def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -> None:
     bounds = {"min": min, "max": max}
-    if not all(one is None or type(one) in (int, float) for one in bounds.values()):
-        raise NotANetworkError("the bounds of a clamp are computed")
+    if min is max is None or not all(one is None or type(one) in (int, float) for one in bounds.values()):
+        raise NotANetworkError("a clamp has no bounds, or they are computed")
     given = {name: float(one) for name, one in bounds.items() if one is not None}
     if any(isnan(one) for one in given.values()):
         raise NotANetworkError("a bound of a clamp is NaN")
@@ -1081,17 +1082,16 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
     if not dims:
         raise NotANetworkError("a logarithm of a sum goes over no dimension")
     largest = read.add(None, "amax", {"input": [value]}, dims=dims, keepdim=True)
-    largest = read.add(
-        None, "clamp", {"input": [largest]}, min=-3e38, max=3e38
-    )  # so that infinities stay what they are
+    # Infinities stay what they are: they are not subtracted from themselves.
+    most = 3e38 if read.dtype() is not torch.float64 else 1.7e308
+    largest = read.add(None, "clamp", {"input": [largest]}, min=-most, max=most)
     rest = read.add(None, "binary", {"input": [value], "other": [largest]}, function="sub")
     powers = read.add(None, "activation", {"input": [rest]}, activation="exp")
     sums = read.add(None, "mean", {"input": [powers]}, dims=dims, keepdim=True, sums=True)
     logarithm = read.add(None, "unary", {"input": [sums]}, function="log")
     value = read.add(None, "binary", {"input": [logarithm], "other": [largest]}, function="add")
-    if not keepdim:
-        value = read.add(None, "mean", {"input": [value]}, dims=dims)
-    read.values[node] = value
+    # (The mean of one element each takes the dimensions away.)
+    read.values[node] = value if keepdim else read.add(None, "mean", {"input": [value]}, dims=dims)
 
 
 @row(torch.max, "max")
@@ -1179,22 +1179,40 @@ def _add_softsign(read: Reader, node: Node, x: Any) -> None:
 
 @row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
 def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
-    read.add(node, "matmul", {"input": [read.data(x)], "other": [read.data(y)]})
+    operands = [read.data(x), read.data(y)]
+    rank = {torch.mm: 2, "mm": 2, torch.bmm: 3, "bmm": 3}.get(node.target)
+    if rank:  # others have any number of dimensions
+        operands = [_checked(read, one, [-1] * rank) for one in operands]
+    read.add(node, "matmul", {"input": operands[:1], "other": operands[1:]})
 
 
 @row(torch.addmm, torch.baddbmm, "addmm", "baddbmm")
 def _addmm(read: Reader, node: Node, x: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> None:
     if beta != 1 or alpha != 1:
         raise NotANetworkError("a sum has a factor")
-    product = read.add(None, "matmul", {"input": [read.data(left)], "other": [read.data(right)]})
-    read.add(node, "binary", {"input": [product], "other": [read.data(x)]}, function="add")
+    batch = ["0.0"] if node.target in (torch.baddbmm, "baddbmm") else []
+    first = _checked(read, read.data(left), [-1, -1, *[-1] * len(batch)])
+    second = _checked(read, read.data(right), [*batch, -1, -1], first if batch else None)
+    product = read.add(None, "matmul", {"input": [first], "other": [second]})
+    total = read.add(None, "binary", {"input": [product], "other": [read.data(x)]}, function="add")
+    read.values[node] = _checked(read, total, [f"0.{dim}" for dim in range(2 + len(batch))], product)
 
 
 @row(F.cosine_similarity)
 def _cosine_similarity(read: Reader, node: Node, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> None:
+    if not eps >= 0:
+        raise NotANetworkError("a cosine's epsilon is below zero")
     directions = []
-    for value in (read.data(x1), read.data(x2)):
-        norm = read.add(None, "clamp", {"input": [_add_norm(read, None, value, 2, [dim], True)]}, min=float(eps))
+    second = read.data(x2)
+    # (Where the second is the smaller one, the network refuses.)
+    first = read.add(None, "expand", {"input": [read.data(x1)], "like": [second]})
+    for value in (first, second):
+        norm = _add_norm(read, None, value, 2, [dim], True)
+        least = read.add(None, "clamp", {"input": [norm]}, min=float(eps))
+        # A gradient passes below epsilon, too: the norm becomes larger by a number.
+        more = read.add(None, "binary", {"input": [least], "other": [norm]}, function="sub")
+        more = read.add(None, "detach", {"input": [more]})
+        norm = read.add(None, "binary", {"input": [norm], "other": [more]}, function="add")
         directions.append(read.add(None, "binary", {"input": [value], "other": [norm]}, function="div"))
     products = read.add(None, "binary", {"input": directions[:1], "other": directions[1:]}, function="mul")
     read.add(node, "mean", {"input": [products]}, dims=[dim], sums=True)
@@ -1206,23 +1224,37 @@ def _cosine_similarity_module(read: Reader, node: Node, module: Any, x1: Any, x2
     read.note(module, "dim", "eps")
 
 
+@row("detach", torch.detach)
+def _detach(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "detach", {"input": [read.data(x)]})
+
+
+_EINSUM = re.compile(r"[A-Za-z ]+,[A-Za-z ]+(->[A-Za-z ]*)?")  # of two tensors, without an ellipsis
+
+
 @row(torch.einsum)
-def _einsum(read: Reader, node: Node, equation: Any, *given: Any, path: Any = None) -> None:
+def _einsum(read: Reader, node: Node, equation: Any, *given: Any) -> None:
     operands = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-    text = equation.replace(" ", "") if isinstance(equation, str) else ""
-    left, arrow, result = text.partition("->")
+    if not isinstance(equation, str) or not _EINSUM.fullmatch(equation) or len(operands) != 2:
+        raise NotANetworkError("an einsum is of other than two tensors, or has an ellipsis")
+    left, arrow, result = equation.replace(" ", "").partition("->")
     names = left.split(",")
-    letters = [one for name in names for one in name]
+    letters = "".join(names)
     if not arrow:
         result = "".join(sorted(one for one in set(letters) if letters.count(one) == 1))
-    is_plain = all(len(set(name)) == len(name) and name.isalpha() for name in [*names, result or "a"])
-    if len(operands) != 2 or len(names) != 2 or not is_plain or not set(result) <= set(letters):
-        raise NotANetworkError("an einsum is of other than two tensors, or has a diagonal or an ellipsis")
-    values = [
-        _summed(read, read.data(one), name, result + names[1 - i])
-        for i, (one, name) in enumerate(zip(operands, names, strict=True))
-    ]
-    _add_product(read, node, values, result)
+    if not all(len(set(name)) == len(name) > 0 for name in (*names, result or "a")) or not set(result) <= set(letters):
+        raise NotANetworkError("an einsum has a diagonal")
+    first, second = map(read.data, operands)
+    first = _checked(read, first, [-1] * len(names[0]))
+    second = _checked(read, second, [f"0.{names[0].index(one)}" if one in names[0] else -1 for one in names[1]], first)
+    kept = [result + name for name in names[::-1]]
+    _add_product(read, node, [_summed(read, *one) for one in zip((first, second), names, kept, strict=True)], result)
+
+
+def _checked(read: Reader, value: Value, sizes: Sequence[Any], like: Value | None = None) -> Value:
+    """The value, which must have as many dimensions as there are sizes, and these sizes where they are not -1."""
+    inputs = {"input": [value], "like": [like] if like else []}
+    return read.add(None, "check_sizes", inputs, sizes=list(sizes))
 
 
 def _summed(read: Reader, value: Value, name: str, kept: str) -> tuple[Value, str]:
@@ -1441,8 +1473,8 @@ def _move_pixels(read: Reader, node: Node, x: Any, apart: list[Any], dims: list[
 
 
 @row(torch.squeeze, "squeeze")
-def _squeeze(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
-    if dim is None:
+def _squeeze(read: Reader, node: Node, x: Any, dim: Any = "every") -> None:
+    if dim == "every":
         read.add(node, "squeeze", {"input": [read.data(x)]}, every=True)
         return
     if type(dim) is not int:

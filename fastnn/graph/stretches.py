@@ -384,23 +384,30 @@ class _Reading:
         return needed
 
     def _sharing(self, level: int) -> list[Value]:
-        """The results of a stretch that share memory with what it takes or with its other results. (The parts of a
-        split lie side by side.)"""
+        """The results of a stretch that share memory with what it takes or with its other results, which a call cannot
+        give, and results that are nothing but another order of a value, which torch gives at no cost and with its own
+        strides."""
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
-        sharing: list[Value] = []
-        of_piece: dict[Value, Value] = {}  # by what was made anew, or a split's part: the result there
+        taken = {value for line in lines for value in line.taken()}
+        sharing: set[Value] = set()
+        at_root: dict[Value, list[tuple[Value, Value | None]]] = {}  # the results that lie in the memory of a value
         for result in self.needed[level]:
-            value = piece = result
-            while value in maker and maker[value].layer in VIEWS:
-                piece = value if maker[value].layer == "split" else piece
-                value = maker[value].inputs["input"][0]
-            piece = piece if maker[piece].layer == "split" else value
-            if value not in maker:
-                sharing.append(result)
-            elif (other := of_piece.setdefault(piece, result)) is not result:
-                sharing += [one for one in (other, result) if one is not value]
-        return sharing
+            root, part = result, None  # part: of a split, the last on the way from the root
+            while root in maker and maker[root].layer in VIEWS:
+                part = root if maker[root].layer == "split" and part is None else part
+                root = maker[root].inputs["input"][0]
+            if root not in maker or (maker[result].layer in ("transpose", "permute") and result not in taken):
+                sharing.add(result)
+            else:
+                at_root.setdefault(root, []).append((result, part))
+        for root, results in at_root.items():
+            # The parts of one split lie side by side. Other results may overlap.
+            splits = {maker[part] if part else None for _, part in results}
+            apart = len({part for _, part in results}) == len(results) and None not in splits and len(splits) == 1
+            if len(results) > 1 and not apart:
+                sharing.update(result for result, _ in results if result is not root)
+        return [value for value in self.needed[level] if value in sharing]
 
     def _place_tensors(self) -> None:
         """Makes inputs of all tensors that the new graph may read."""

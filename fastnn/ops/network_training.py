@@ -83,7 +83,7 @@ class TrainedNetwork:
             else:
                 again.update(_read_again(line, depends))
                 any_input = any(depends[one] for name, some in line.inputs.items() if name != "like" for one in some)
-                depends.update(dict.fromkeys(line.outputs, any_input and line.layer != "noise"))
+                depends.update(dict.fromkeys(line.outputs, any_input and line.layer not in ("noise", "detach")))
         places: tuple[list[int], list[int]] = ([], [])
         for place, name in enumerate(given):
             places[name not in again].append(place)

@@ -312,6 +312,11 @@ def _index_select(line: TextLine, taken: Taken) -> list[Tensor]:
     return [x[(*[slice(None)] * (line["dim"] % x.dim()), *chosen)]]
 
 
+def _squeeze(line: TextLine, taken: Taken) -> list[Tensor]:
+    x = _one(taken, "input")
+    return [x.squeeze() if line["every"] else x.squeeze(line["dim"])]
+
+
 # A dropout drops nothing here.
 LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "conv": _conv,
@@ -345,10 +350,12 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "full": _full,
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
     "unflatten": lambda line, taken: [_one(taken, "input").unflatten(line["dim"], line["sizes"])],
-    "squeeze": lambda line, taken: [_one(taken, "input").squeeze(line["dim"])],
+    "squeeze": _squeeze,
     "unsqueeze": lambda line, taken: [_one(taken, "input").unsqueeze(line["dim"])],
     "transpose": lambda line, taken: [_one(taken, "input").transpose(line["first"], line["second"])],
     "contiguous": lambda line, taken: [_one(taken, "input").contiguous()],
+    "detach": lambda line, taken: [_one(taken, "input").detach()],
+    "check_sizes": lambda line, taken: [_one(taken, "input")],
     "select": lambda line, taken: [_one(taken, "input").select(line["dim"], line["index"])],
     "permute": lambda line, taken: [_one(taken, "input").permute(line["dims"])],
     "slice": _slice,

@@ -323,6 +323,36 @@ class ContiguousLayer : public Layer<T> {
   void run(const LayerCall<T>&) const override {}
 };
 
+// A value through which no gradient passes back.
+template <class T>
+class DetachLayer : public ContiguousLayer<T> {
+ public:
+  using ContiguousLayer<T>::ContiguousLayer;
+};
+
+// A value that must have these sizes. A size may be -1: then any is right.
+template <class T>
+class CheckSizesLayer : public Layer<T> {
+ public:
+  CheckSizesLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
+    this->sizes_only = asked_.like();
+    if (asked_.count() == 0) line.refuse("expected sizes");
+  }
+  FormatRule formats() const override { return FormatRule::alike; }
+  bool is_view(const Site<T>&) const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints &own = site.sizes(0), asked = asked_.of(site);
+    bool fits = own.size() == asked.size();
+    for (size_t d = 0; d < own.size() && fits; ++d) fits = asked[d] == -1 || asked[d] == own[d];
+    FASTNN_CHECK(fits, "expected size ", to_string(asked), ", got ", to_string(own));
+    site.outputs[0].sizes = own;
+  }
+  void run(const LayerCall<T>&) const override {}
+
+ private:
+  AskedSizes asked_;
+};
+
 // Dimensions in another order.
 template <class T>
 class ReorderLayer : public Layer<T> {
@@ -696,6 +726,12 @@ inline LayerEntry unsqueeze_entry() {
 }
 inline LayerEntry contiguous_entry() {
   return layer_entry<ContiguousLayer>("contiguous", {"input"}, {});
+}
+inline LayerEntry detach_entry() {
+  return layer_entry<DetachLayer>("detach", {"input"}, {});
+}
+inline LayerEntry check_sizes_entry() {
+  return layer_entry<CheckSizesLayer>("check_sizes", {"input", "like*"}, {{"sizes", "ints", nullptr}});
 }
 inline LayerEntry permute_entry() {
   return layer_entry<PermuteLayer>("permute", {"input"}, {{"dims", "ints", nullptr}});

@@ -51,6 +51,8 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"permute", make_training<PermuteTraining, T>},
       {"transpose", make_training<TransposeTraining, T>},
       {"contiguous", make_training<ContiguousTraining, T>},
+      {"detach", make_training<DetachTraining, T>},
+      {"check_sizes", make_training<CheckSizesTraining, T>},
       {"select", make_training<SelectTraining, T>},
       {"slice", make_training<SliceTraining, T>},
       {"split", make_training<SplitTraining, T>},

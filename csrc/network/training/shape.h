@@ -28,7 +28,7 @@ class SizedTraining : public TrainingLayer<T> {
   Kind<T> layer_;
 };
 
-// reshape, flatten, squeeze, unsqueeze: the same elements with other sizes.
+// reshape, flatten, squeeze, unsqueeze, check_sizes: the same elements, mostly with other sizes.
 template <class T, template <class> class Kind>
 class ViewTraining : public SizedTraining<T, Kind> {
  public:
@@ -58,6 +58,8 @@ template <class T>
 using SqueezeTraining = ViewTraining<T, SqueezeLayer>;
 template <class T>
 using UnsqueezeTraining = ViewTraining<T, UnsqueezeLayer>;
+template <class T>
+using CheckSizesTraining = ViewTraining<T, CheckSizesLayer>;
 
 template <class T>
 class ExpandTraining : public SizedTraining<T, ExpandLayer> {
@@ -138,6 +140,14 @@ class ContiguousTraining : public UnaryTraining<T> {
   using UnaryTraining<T>::UnaryTraining;
   void forward(Tensor* outputs) override { outputs[0] = dense(this->input()); }
   Tensor gradient_of(const Tensor& gradient) override { return gradient; }
+};
+
+template <class T>
+class DetachTraining : public TrainingLayer<T> {
+ public:
+  explicit DetachTraining(const ProgramLine& line) { this->inputs = {line.input("input")}; }
+  void forward(Tensor* outputs) override { outputs[0] = this->given[0].borrow(); }
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}
 };
 
 template <class T>
