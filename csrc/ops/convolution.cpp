@@ -1,6 +1,7 @@
 // A convolution that has no ReLU and no pool, for example because a batch norm follows: forward and backward. Training
 // steps call the functions; torch.ops.fastnn.convolution and convolution_backward are the same for a user's model.
 #include "../kernels/conv/machine.h"
+#include "../kernels/elementwise.h"
 #include "conv_input_gradient.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
@@ -67,6 +68,27 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
+// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says.
+template <class T>
+Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const T* gradient) {
+  const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
+  const auto& kernels = elementwise_kernels().get<T>();
+  std::vector<double> totals(static_cast<size_t>(channels));
+  const Scratch<T> of_image(channels);
+  for (int64_t n = 0; n < g.batch; ++n) {
+    const T* const image = gradient + n * layout.n;
+    const bool pixels_lie_together = layout.d[2] == 1 || channels == 1;
+    if (!pixels_lie_together) kernels.sum_rows(image, pixels, channels, channels, T(1), of_image.get());
+    for (int64_t c = 0; c < channels; ++c) {
+      totals[static_cast<size_t>(c)] +=
+          pixels_lie_together ? kernels.sum(image + c * pixels, pixels) : of_image.get()[c];
+    }
+  }
+  Tensor result = new_tensor({channels}, kDtypeOf<T>);
+  std::copy(totals.begin(), totals.end(), mutable_data<T>(result));
+  return result;
+}
+
 // The gradients that our kernels give; the others are empty. Torch's are as fast for those, or elements are not finite
 // or so large that the transforms of Winograd could overflow.
 template <class T>
@@ -109,6 +131,14 @@ ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradie
     input_gradient_by_forward(kernels, call, problem.dims, gradients.input);
   }
   if (wanted.input && wanted.weight) give({false, true, wanted.bias}, gradients);
+  // torch adds up the bias's gradient less exactly where the input's is not wanted (on ARM).
+  if constexpr (sizeof(T) > 2) {
+    if (wanted.bias && gradients.input.defined() && !gradients.bias.defined()) {
+      const Tensor as_input = in_format(kernels, gradient, last);  // the same bits for a gradient in either format
+      const PlainImages plain(as_input);
+      gradients.bias = bias_gradient(g, plain.layout, data<T>(plain.tensor));
+    }
+  }
   return gradients;
 }
 
