@@ -82,22 +82,20 @@ TeamRounds team_rounds(const std::vector<int64_t>& delays, int64_t rounds, int64
   return {{last.begin(), last.end()}, done};
 }
 
-// Of Python: gives the state of torch's generator as a tensor, or None; and stores such a tensor. They are never freed,
-// since a thread may still draw when the interpreter ends.
-py::object *take_random_state = nullptr, *put_random_state = nullptr;
+// torch's generator. It is never freed, since a thread may still draw when the interpreter ends.
+py::object* random_generator = nullptr;
 
-bool with_random_state(const std::function<void(uint8_t* state)>& draw) {
+// Only methods that torch has in C are called. Python would hand its lock to another thread, or raise
+// KeyboardInterrupt, between two lines of its own code.
+void with_random_state(const std::function<void(uint8_t* state)>& draw) {
   const py::gil_scoped_acquire alone;  // until the state is stored
-  const py::object state = (*take_random_state)();
-  if (state.is_none()) return false;
+  const py::object state = random_generator->attr("get_state")();
   draw(reinterpret_cast<uint8_t*>(state.attr("data_ptr")().cast<uintptr_t>()));
-  (*put_random_state)(state);
-  return true;
+  random_generator->attr("set_state")(state);
 }
 
-void draw_from(const py::object& take, const py::object& put) {
-  take_random_state = new py::object(take);
-  put_random_state = new py::object(put);
+void draw_from(const py::object& generator) {
+  random_generator = new py::object(generator);
   fastnn::set_random_state_holder(with_random_state);
 }
 
@@ -293,7 +291,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("guard_holds") = py::reinterpret_steal<py::object>(PyCFunction_New(&guard_holds_method, nullptr));
   m.def("release_training_step", fastnn::BoundSteps::release, py::arg("number"),
         "Forget what fastnn::bind_training_step bound to this number.");
-  m.def("draw_from", &draw_from);
+  m.def("draw_from", draw_from, py::arg("generator"),
+        "Draw what networks drop from this generator's state, which must be as torch.get_rng_state() gives it.");
   m.def("forget_pass", fastnn::forget_pass, py::arg("number"),
         "Forget what fastnn::network_with_pass has left under this number.");
   m.def("team_choices", team_choices, py::arg("calls"),

@@ -1,3 +1,4 @@
+// The generator and torch's bernoulli_ from its words, and the operators that draw.
 #include "random.h"
 
 #include <array>
@@ -9,9 +10,9 @@
 namespace fastnn {
 namespace {
 
-constexpr int kWords = 624, kFar = 397;
+constexpr int kWords = 624, kShift = 397;
 
-// The state as torch.get_rng_state() gives it, of which the generator's own part is read and written.
+// The state as torch.get_rng_state() gives it. What normal distributions keep in it stays as it is.
 struct StoredState {
   uint64_t seed;
   int32_t left, seeded;  // left: how many words are left, and one
@@ -22,6 +23,8 @@ struct StoredState {
   float next_normal;
   bool has_next_normal;
 };
+WithRandomState random_state_holder = nullptr;
+
 constexpr int64_t kStateBytes = 5056;
 static_assert(sizeof(StoredState) <= kStateBytes && offsetof(StoredState, words) == 24);
 
@@ -77,9 +80,9 @@ class Generator {
   }
   void make_words() {
     uint32_t* const w = words_.data();
-    for (int i = 0; i < kWords - kFar; ++i) w[i] = w[i + kFar] ^ twisted(w[i], w[i + 1]);
-    for (int i = kWords - kFar; i < kWords - 1; ++i) w[i] = w[i + kFar - kWords] ^ twisted(w[i], w[i + 1]);
-    w[kWords - 1] = w[kFar - 1] ^ twisted(w[kWords - 1], w[0]);
+    for (int i = 0; i < kWords - kShift; ++i) w[i] = w[i + kShift] ^ twisted(w[i], w[i + 1]);
+    for (int i = kWords - kShift; i < kWords - 1; ++i) w[i] = w[i + kShift - kWords] ^ twisted(w[i], w[i + 1]);
+    w[kWords - 1] = w[kShift - 1] ^ twisted(w[kWords - 1], w[0]);
   }
 
   uint8_t* stored_;
@@ -118,7 +121,7 @@ uint8_t* bytes_of(const Tensor& state) {
   return mutable_data<uint8_t>(state);
 }
 
-// A new tensor of the sizes of `like`, filled by fill(count, elements).
+// A new tensor of the sizes of `like`, filled by fill(tensor, its elements).
 template <class Fill>
 Tensor filled_like(const char* op, const Tensor& like, double probability, const Fill& fill) {
   FASTNN_CHECK(like.is_cpu() && probability >= 0 && probability <= 1, op, ": expected a probability, got ",
@@ -158,18 +161,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
 
 }  // namespace
 
-namespace {
-WithRandomState random_state_holder = nullptr;
-}
-
 void set_random_state_holder(WithRandomState holder) {
   random_state_holder = holder;
 }
 
 template <class T>
 bool draw_as_torch(double probability, T value, int64_t count, T* to) {
-  return random_state_holder &&
-         random_state_holder([&](uint8_t* state) { draw(state, probability, value, count, to); });
+  if (!random_state_holder) return false;
+  random_state_holder([&](uint8_t* state) { draw(state, probability, value, count, to); });
+  return true;
 }
 template bool draw_as_torch(double, float, int64_t, float*);
 template bool draw_as_torch(double, double, int64_t, double*);

@@ -1,4 +1,4 @@
-// The numbers of torch's generator on the CPU, drawn by ourselves: the same numbers, in a tenth of the time that torch
+// The numbers of torch's generator on the CPU, drawn by ourselves: the same numbers, in a fifth of the time that torch
 // takes to draw them one by one. (Where torch draws them by a library of Intel's, they are others, and torch draws
 // them.)
 //
@@ -17,9 +17,9 @@ namespace fastnn {
 template <class T>
 bool draw_as_torch(double probability, T value, int64_t count, T* to);
 
-// Calls draw(state) with the state of torch's generator, and stores the state that this leaves; or returns false. No
-// other thread that draws by it may come between.
-using WithRandomState = bool (*)(const std::function<void(uint8_t* state)>& draw);
+// Calls draw(state) with the state of torch's generator, and stores the state that this leaves. Meanwhile no other
+// thread may do the same.
+using WithRandomState = void (*)(const std::function<void(uint8_t* state)>& draw);
 void set_random_state_holder(WithRandomState holder);
 
 }  // namespace fastnn

@@ -714,7 +714,7 @@ _FUSED_ROWS: dict[Any, Any] = {
     _aten.hardsigmoid.default: F.hardsigmoid,
     _aten.glu.default: F.glu,
     _aten.log_sigmoid.default: F.logsigmoid,
-    _aten.rms_norm.default: F.rms_norm,
+    _aten.rms_norm.default: F.rms_norm,  # with an epsilon: see _rms_norm
     **dict.fromkeys((_aten.mean.default, _aten.mean.dim), torch.mean),
     **dict.fromkeys((_aten.sum.default, _aten.sum.dim_IntList), torch.sum),
     _aten.amax.default: torch.amax,
@@ -729,8 +729,7 @@ _FUSED_ROWS: dict[Any, Any] = {
     _aten.roll.default: torch.roll,
     _aten.channel_shuffle.default: F.channel_shuffle,
 }
-
-
+# Of these, functions for which a network needs a tensor that has dimensions.
 _OVER_DIMENSIONS = (_aten.amax.default, _aten.logsumexp.default, _aten.cosine_similarity.default)
 
 
@@ -739,9 +738,6 @@ def _as_function(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
     seen = _AsFused(read)
     if any(isinstance(one, Node) and not _sizes(one) for one in args) and node.target in _OVER_DIMENSIONS:
         raise NotALayerError("takes a single number")
-    if node.target is _aten.rms_norm.default and (len(args) < 4 or args[3] is None):
-        kwargs["eps"] = torch.finfo(read.dtype).eps
-        args = args[:3]
     kwargs.pop("path", None)  # of einsum
     try:
         FUNCTION_ROWS[_FUSED_ROWS[node.target]](seen, node, *args, **kwargs)
@@ -750,6 +746,11 @@ def _as_function(read: Reader, node: Node, *args: Any, **kwargs: Any) -> None:
     result = seen.values[node]
     result.sizes = tuple(_sizes(node))
     read.finish(node, result)
+
+
+@_row(_aten.rms_norm.default)
+def _rms_norm(read: Reader, node: Node, x: Any, sizes: Any, weight: Any = None, eps: Any = None) -> None:
+    _as_function(read, node, x, sizes, weight, torch.finfo(read.dtype).eps if eps is None else eps)
 
 
 # ---- pools and means ------------------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> No
 
 @row(F.logsigmoid)
 def _logsigmoid(read: Reader, node: Node, x: Any) -> None:
-    # (Beyond 40, softplus is its argument in float64, too.)
+    # (Beyond 40, softplus gives its argument, which is exact in float64, too.)
     negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
     value = read.add(None, "activation", {"input": [negative]}, activation="softplus(1.0,40.0)")
     read.add(node, "binary", {"input": [value]}, function="mul", number=-1.0)
@@ -390,13 +390,12 @@ def _glu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 
 @row(torch.clamp, "clamp", torch.clip, "clip")
 def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -> None:
-    bounds = {"min": min, "max": max}
-    if min is max is None or not all(one is None or type(one) in (int, float) for one in bounds.values()):
+    bounds = {name: one for name, one in (("min", min), ("max", max)) if one is not None}
+    if not bounds or not all(type(one) in (int, float) for one in bounds.values()):
         raise NotANetworkError("a clamp has no bounds, or they are computed")
-    given = {name: float(one) for name, one in bounds.items() if one is not None}
-    if any(isnan(one) for one in given.values()):
+    if any(isnan(one) for one in bounds.values()):
         raise NotANetworkError("a bound of a clamp is NaN")
-    read.add(node, "clamp", {"input": [read.data(x)]}, **given)
+    read.add(node, "clamp", {"input": [read.data(x)]}, **{name: float(one) for name, one in bounds.items()})
 
 
 @row(torch.clamp_min, "clamp_min")
@@ -1082,7 +1081,7 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
     if not dims:
         raise NotANetworkError("a logarithm of a sum goes over no dimension")
     largest = read.add(None, "amax", {"input": [value]}, dims=dims, keepdim=True)
-    # Infinities stay what they are: they are not subtracted from themselves.
+    # An infinite maximum is replaced by a finite one, since infinity minus infinity is NaN.
     most = 3e38 if read.dtype() is not torch.float64 else 1.7e308
     largest = read.add(None, "clamp", {"input": [largest]}, min=-most, max=most)
     rest = read.add(None, "binary", {"input": [value], "other": [largest]}, function="sub")
@@ -1090,7 +1089,7 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
     sums = read.add(None, "mean", {"input": [powers]}, dims=dims, keepdim=True, sums=True)
     logarithm = read.add(None, "unary", {"input": [sums]}, function="log")
     value = read.add(None, "binary", {"input": [logarithm], "other": [largest]}, function="add")
-    # (The mean of one element each takes the dimensions away.)
+    # (The dimensions have one element now, and a mean over them takes them away.)
     read.values[node] = value if keepdim else read.add(None, "mean", {"input": [value]}, dims=dims)
 
 
@@ -1204,12 +1203,12 @@ def _cosine_similarity(read: Reader, node: Node, x1: Any, x2: Any, dim: int = 1,
         raise NotANetworkError("a cosine's epsilon is below zero")
     directions = []
     second = read.data(x2)
-    # (Where the second is the smaller one, the network refuses.)
+    # torch takes norms of the tensors that it has expanded. (Where the second is the smaller one, the network refuses.)
     first = read.add(None, "expand", {"input": [read.data(x1)], "like": [second]})
     for value in (first, second):
         norm = _add_norm(read, None, value, 2, [dim], True)
         least = read.add(None, "clamp", {"input": [norm]}, min=float(eps))
-        # A gradient passes below epsilon, too: the norm becomes larger by a number.
+        # As in torch, the gradient of a norm below epsilon is that of the norm: what makes it larger is a constant.
         more = read.add(None, "binary", {"input": [least], "other": [norm]}, function="sub")
         more = read.add(None, "detach", {"input": [more]})
         norm = read.add(None, "binary", {"input": [norm], "other": [more]}, function="add")

@@ -135,10 +135,8 @@ _PURE_OPERATORS = frozenset(
 
 
 # Functions that make a tensor of numbers alone. (torch does not count them among those that a class may override.)
-_CONSTANTS = frozenset(
-    getattr(torch, name)
-    for name in ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tensor", "zeros", "tril_indices")
-)
+FACTORIES = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tensor", "zeros", "tril_indices")
+_MAKE_CONSTANTS = frozenset(getattr(torch, name) for name in FACTORIES)
 
 
 def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -160,7 +158,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return True
     if function is unpack or str(getattr(function, "__module__", "")).startswith("fastnn"):  # joining.py, operators
         return not node.kwargs.get("training") and function is not in_place
-    if function in _CONSTANTS:
+    if function in _MAKE_CONSTANTS:
         return "out" not in node.kwargs
     if function not in functions_of_torch() or function.__name__.endswith("_") or "out" in node.kwargs:
         return False

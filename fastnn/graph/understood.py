@@ -13,26 +13,15 @@ from typing import Any
 import torch
 
 from fastnn import functional
-from fastnn.graph.order import functions_of_torch
+from fastnn.graph.order import FACTORIES, functions_of_torch
 
 # ---- what may be called ---------------------------------------------------------------------------------------------
 
 _FACTORIES = (
-    *(
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "arange",
-        "linspace",
-        "logspace",
-        "eye",
-        "tensor",
-        "as_tensor",
-        "scalar_tensor",
-    ),
-    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "tril_indices"),
-    *("triu_indices", "hann_window", "hamming_window", "blackman_window", "bartlett_window", "kaiser_window"),
+    *FACTORIES,
+    *("as_tensor", "scalar_tensor", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+    *("normal", "triu_indices", "hann_window", "hamming_window", "blackman_window", "bartlett_window"),
+    "kaiser_window",
 )
 # Functions that give a constant and tell of a mode: they are asked again at each call.
 _MODES = (

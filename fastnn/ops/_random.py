@@ -5,8 +5,6 @@ long as all layers together. So compiled code takes the generator's state, draws
 It holds the interpreter's lock meanwhile, so that two networks never draw the same numbers.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -16,33 +14,29 @@ from fastnn.ops._autograd import is_plain
 _DRAWN = (torch.float32, torch.float64)
 
 
-@cache
 def draws_as_torch() -> bool:
     """Whether compiled code draws the numbers that torch draws here, and leaves the same state. (It does not where
     torch draws by a library of Intel's, nor if torch should change its generator.)"""
     generator = torch.Generator().manual_seed(2**40 + 7)
     for dtype in _DRAWN:
         for count, probability in ((1, 0.5), (1001, 0.3), (700, 0.9)):
-            state, theirs = generator.get_state(), torch.empty(count, dtype=dtype)
+            state, theirs = generator.get_state(), torch.empty(count, dtype=dtype, device="cpu")
             theirs.bernoulli_(probability, generator=generator)
-            torch.empty(1).uniform_(generator=generator)  # takes one word, where the others take two
+            torch.empty(1, device="cpu").uniform_(generator=generator)  # takes one word, where the others take two
             try:
                 ours = torch.ops.fastnn.draw_ones_of_state(state, theirs, probability)
             except RuntimeError:  # the state is of another kind
                 return False
             after = torch.Generator()
             after.set_state(state)
-            torch.empty(1).uniform_(generator=after)
+            torch.empty(1, device="cpu").uniform_(generator=after)
             if not torch.equal(ours, theirs) or not torch.equal(after.get_state(), generator.get_state()):
                 return False
     return True
 
 
-def _take_state() -> Tensor | None:
-    return torch.get_rng_state() if draws_as_torch() else None
-
-
-load_extension().draw_from(_take_state, torch.set_rng_state)
+if draws_as_torch():
+    load_extension().draw_from(torch.default_generator)
 
 
 def draw_ones(like: Tensor, probability: float) -> Tensor:

@@ -278,8 +278,8 @@ class ReductionLayer : public Layer<T> {
     this->inputs = {line.input("input")};
   }
   FormatRule formats() const override { return FormatRule::input; }
-  // `rank` is how many dimensions the input must have; 0 stands for any number.
-  // Where a line says how many dimensions there must be, nothing but the batch may be empty.
+  // `rank` is how many dimensions the input must have, of which none but the first may be empty; 0 stands for any
+  // number and any sizes.
   static void check_rank(int64_t rank, const Ints& sizes) {
     if (rank == 0) return;
     FASTNN_CHECK(static_cast<int64_t>(sizes.size()) == rank && product(sizes, 1, sizes.size()) > 0, "expected ", rank,

@@ -325,10 +325,7 @@ class ContiguousLayer : public Layer<T> {
 
 // A value through which no gradient passes back.
 template <class T>
-class DetachLayer : public ContiguousLayer<T> {
- public:
-  using ContiguousLayer<T>::ContiguousLayer;
-};
+using DetachLayer = ContiguousLayer<T>;
 
 // A value that must have these sizes. A size may be -1: then any is right.
 template <class T>

@@ -256,8 +256,7 @@ bool dense_taps_pay(const Planner& p) {
     return p.request.both || g.out_channels < p.lanes || std::max(g.kernel[1], g.kernel[2]) > p.lanes;
   }
   if (p.request.both || g.taps() == 1 || g.stride[0] * g.stride[1] * g.stride[2] > 1) return false;
-  const bool is_narrow = g.has_narrow_groups(p.lanes);
-  return (g.is_signal() || is_narrow) &&
+  return (g.is_signal() || g.has_narrow_groups(p.lanes)) &&
          channels_together(g.out_channels) * g.depth() * p.compute_bytes <= tuned::kNearBytes;
 }
 
