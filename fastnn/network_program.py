@@ -93,7 +93,8 @@ def write(
 ) -> tuple[str, list[Any]]:
     """The text of a program, and its weights in the order of the text.
 
-    inputs: each with the text of the sizes that it may have. dtypes: "int64" for an input of integers, or "".
+    inputs: each with the text of the sizes that it may have. dtypes: "int64" for an input of integers, "bool" for
+    one of booleans, or "".
     computed: values that are weights but no tensors yet, with the text of their sizes; they stand for themselves among
     the weights.
     """

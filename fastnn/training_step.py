@@ -179,7 +179,13 @@ class TrainingStep:
         if self._refused.get(dims, 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return self._ordinary(input, target)
-        reading, _ = bound
+        reading, binding = bound
+        if reading.network.prologue is not None:
+            try:
+                inputs = reading.network.prologue.run(inputs, binding.parameters)
+            except Exception as error:  # of any class: the model itself then raises its own
+                self._last_why = str(error).partition("\n")[0]
+                return self._ordinary(input, target)
         one_call_would_do = not reading.loss_why and (reading.network.log_softmax != -1 or target.dim() == 1)
         if one_call_would_do:
             loss = self._step_in_one_call(*bound, inputs, target)
@@ -360,7 +366,7 @@ class TrainingStep:
         if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
             return None
         inputs, target = batches.inputs, batches.targets[0]
-        if self._reading is None or not self._reading.is_for_any_sizes:
+        if self._reading is None or not self._reading.is_for_any_sizes or self._reading.network.prologue is not None:
             return None
         if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
             return None

@@ -50,8 +50,10 @@ class _Writer:
 
     def _unary(self, kind: str, x: str, y: str) -> None:
         borders = ("{}.cummax(-1)[0]", "{}.sort(-1)[0]", "{}.flip(-1)", "{0}.sort(-1)[0] + {0}")
-        form = self.random.choice(("torch.relu({})", "{}.tanh()", "0.5 * {}", *borders))
-        self.lines.append(f"{self.new(kind)} = {form.format(x)}")
+        masks = ("torch.where({0} > 0, {0}, 0.5 * {0})", "{0}.masked_fill({1} > 0.3, 0.5)", "{0} * ~({1} < 0)")
+        form = self.random.choice(("torch.relu({})", "{}.tanh()", "0.5 * {}", *masks, *borders))
+        given = {"row": "x[:, 0]", "sequence": "x", "state": "x[None, :, 1]"}[kind]
+        self.lines.append(f"{self.new(kind)} = {form.format(x, given)}")
 
     def _binary(self, kind: str, x: str, y: str) -> None:
         forms = ("{} + {}", "{} * torch.sigmoid({})", "torch.maximum({}, {})", "{} - {}.cummax(-1)[0]")

@@ -557,6 +557,21 @@ def _matmul(b: _Builder) -> None:
         b.add("matmul", {"input": [x], "other": b.weight(x.sizes[-1], out)}, (*x.sizes[:-1], out))
 
 
+def _where(b: _Builder) -> None:
+    """A choice by an input that is compared, or by a weight of zeros and ones: no rounding changes either."""
+    x = b.random.choice(b.values)
+    given, _ = b.inputs[0]
+    if tuple(given.sizes) == tuple(x.sizes) and b.random.random() < 0.7:
+        function = b.random.choice(("lt", "le", "gt", "ge", "eq", "ne"))
+        condition = b.add("binary", {"input": [given]}, x.sizes, function=function, number=b.random.uniform(-1, 1))
+    else:
+        sizes = [size if b.random.random() < 0.5 else 1 for size in x.sizes][b.random.randint(0, len(x.sizes)) :]
+        condition = Value(sizes, (b.tensor(*sizes) > 0).double())
+    same = [value for value in b.values if tuple(value.sizes) == tuple(x.sizes)]
+    ways = ({"input": [x]}, {"other": [x]}, {"input": [x], "other": [b.random.choice(same)]})
+    b.add("where", {"condition": [condition], **b.random.choice(ways)}, x.sizes, number=b.random.uniform(-1, 1))
+
+
 _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and how
     "conv": (6, _conv),
     "conv_transpose": (1, _conv_transpose),
@@ -586,6 +601,7 @@ _LAYERS: dict[str, tuple[int, Callable[[_Builder], None]]] = {  # how often, and
     "cat": (2, _cat),
     "pad": (1, _pad),
     "gather": (2, _gather),
+    "where": (1, _where),
 }
 
 

@@ -753,10 +753,10 @@ def _with_spectral_norm() -> nn.Module:
 
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "by a comparison": (
-        lambda: Calls(lambda x, a, b: a(x) * (b(x) > 0), nn.Linear(4, 4), nn.Linear(4, 4)),
+    "by a sorted value": (
+        lambda: Calls(lambda x, a, b: a(x) * b(x).sort(1)[0], nn.Linear(4, 4), nn.Linear(4, 4)),
         torch.optim.SGD,
-        "gt is no layer",
+        "sort is no layer",
     ),
     "dropout of channels": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),

@@ -240,13 +240,13 @@ def test_macos(given: argparse.Namespace) -> None:
 
 def test_torches(given: argparse.Namespace) -> None:
     """The whole suite on each release, with an extension that is built beside it."""
-    for release in (OLDEST_TORCH, "*"):
-        tree = copy_sources(f"torch-{release.strip('.*') or 'newest'}")
+    for release, wanted in (OLDEST_TORCH.strip(".*"), f"torch=={OLDEST_TORCH}"), ("newest", "torch"):
+        tree = copy_sources(f"torch-{release}")
         python = tree.parent / "venv" / "bin" / "python"
         if not python.exists():
             say(f"making an environment with torch {release}")
             run([sys.executable, "-m", "venv", tree.parent / "venv"])
-        run([python, *PIP_INSTALL[1:], f"torch=={release}", "setuptools>=77", "pybind11>=2.13"], env=UNCONSTRAINED)
+        run([python, *PIP_INSTALL[1:], "--upgrade", wanted, "setuptools>=77", "pybind11>=2.13"], env=UNCONSTRAINED)
         run([python, *PIP_INSTALL[1:], "--no-build-isolation", "--editable", f"{tree}[test,bench]"], env=UNCONSTRAINED)
         run([python, "-m", "pytest", "--numprocesses", "auto", *given.pytest], cwd=tree)
 

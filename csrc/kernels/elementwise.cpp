@@ -19,6 +19,13 @@ FASTNN_INLINE Vec<T> combine(Vec<T> x, Vec<T> y) {
   // If either is NaN, the result is NaN.
   if constexpr (kind == BinaryKind::maximum) return ((x > y) | (x != x)) ? x : y;
   if constexpr (kind == BinaryKind::minimum) return ((x < y) | (x != x)) ? x : y;
+  const Vec<T> one = broadcast<T>(1), zero = {};
+  if constexpr (kind == BinaryKind::lt) return x < y ? one : zero;
+  if constexpr (kind == BinaryKind::le) return x <= y ? one : zero;
+  if constexpr (kind == BinaryKind::gt) return x > y ? one : zero;
+  if constexpr (kind == BinaryKind::ge) return x >= y ? one : zero;
+  if constexpr (kind == BinaryKind::eq) return x == y ? one : zero;
+  if constexpr (kind == BinaryKind::ne) return x != y ? one : zero;
 }
 
 template <BinaryKind kind, class T>
@@ -49,6 +56,17 @@ void binary(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_s
     return combine_all<BinaryKind::name>(a, a_step, b, b_step, count, to);
     FASTNN_FOR_EACH_BINARY(FASTNN_CASE)
 #undef FASTNN_CASE
+  }
+}
+
+template <class T>
+void where(const T* condition, const T* a, const T* b, const int64_t* steps, int64_t count, T* to) {
+  const auto elements = [count](const T* from, int64_t step, int64_t i) __attribute__((always_inline)) {
+    return step ? load_up_to<T>(from + i, count - i) : broadcast<T>(*from);
+  };
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> chooses = elements(condition, steps[0], i), zero = {};
+    store_up_to<T>(to + i, chooses != zero ? elements(a, steps[1], i) : elements(b, steps[2], i), count - i);
   }
 }
 
@@ -200,17 +218,8 @@ void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T*
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>,
-          sum_rows<T>,
-          sum<T>,
-          largest<T>,
-          average<T>,
-          copy_runs<T>,
-          add_runs<T>,
-          softmax<T>,
-          layer_norm<T>,
-          blend<T>,
-          transpose_matrix<T, T>};
+  return {binary<T>,    sum_rows<T>, where<T>,   sum<T>,        largest<T>, average<T>,
+          copy_runs<T>, add_runs<T>, softmax<T>, layer_norm<T>, blend<T>,   transpose_matrix<T, T>};
 }
 
 }  // namespace

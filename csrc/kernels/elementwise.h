@@ -9,8 +9,8 @@
 
 namespace fastnn {
 
-// X(name): torch's name of the function, for float tensors.
-#define FASTNN_FOR_EACH_BINARY(X) X(add) X(sub) X(mul) X(div) X(maximum) X(minimum)
+// X(name): torch's name of the function, for float tensors. Comparisons give 1 where they are true, else 0.
+#define FASTNN_FOR_EACH_BINARY(X) X(add) X(sub) X(mul) X(div) X(maximum) X(minimum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne)
 enum class BinaryKind : int32_t {
 #define FASTNN_ENUMERATOR(name) name,
   FASTNN_FOR_EACH_BINARY(FASTNN_ENUMERATOR)
@@ -21,6 +21,9 @@ constexpr const char* kBinaryNames[] = {
     FASTNN_FOR_EACH_BINARY(FASTNN_NAME)
 #undef FASTNN_NAME
 };
+constexpr bool is_comparison(BinaryKind kind) {
+  return kind >= BinaryKind::lt;
+}
 
 template <class T>
 struct ElementwiseKernels {
@@ -28,6 +31,8 @@ struct ElementwiseKernels {
   void (*binary)(BinaryKind kind, const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, T* to);
   // to[i] = factor * sum over r of from[r * step + i], for `count` sums of `rows` rows.
   void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
+  // to[i] = condition[i * steps[0]] is not 0 ? a[i * steps[1]] : b[i * steps[2]]; each step is 0 or 1.
+  void (*where)(const T* condition, const T* a, const T* b, const int64_t* steps, int64_t count, T* to);
   // The sum of `count` elements.
   T (*sum)(const T* from, int64_t count);
   // Pools windows that lie `step` apart. A window has `count` positions, and each position and result has `channels`

@@ -212,6 +212,34 @@ void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, c
   });
 }
 
+// to = condition is not 0 ? a : b, over arrays of these sizes and strides. The order of the dimensions is that of `to`,
+// which is dense, in memory.
+template <class T>
+void choose_arrays(const std::array<const T*, 3>& from, const std::array<Ints, 3>& strides, T* to,
+                   const Ints& to_strides, const Ints& sizes, const std::vector<size_t>& order) {
+  for (const int64_t size : sizes) {
+    if (size == 0) return;
+  }
+  const auto& kernels = elementwise_kernels().get<T>();
+  const Loops<4> loops(sizes, {strides[0], strides[1], strides[2], to_strides}, order);
+  const int64_t length = loops.sizes.back();
+  loops.for_each_run(1, kCopyWork, [&](const auto& at) {
+    std::array<const T*, 3> runs;
+    std::array<int64_t, 3> steps;
+    const Scratch<T> copies(3 * length);
+    for (size_t i = 0; i < 3; ++i) {
+      const int64_t step = loops.strides[i].back();
+      runs[i] = from[i] + at[i];
+      steps[i] = std::min<int64_t>(step, 1);
+      if (step <= 1) continue;
+      T* const copy = copies.get() + static_cast<int64_t>(i) * length;  // of elements that lie across the run
+      for (int64_t e = 0; e < length; ++e) copy[e] = runs[i][e * step];
+      runs[i] = copy;
+    }
+    kernels.where(runs[0], runs[1], runs[2], steps.data(), length, to + at[3]);
+  });
+}
+
 // to = from op number, or number op from, for `count` elements.
 template <class T>
 void combine_with_number(BinaryKind kind, const T* from, const T& number, bool reverses, int64_t count, T* to) {

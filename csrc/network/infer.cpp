@@ -103,19 +103,27 @@ Bound<T>& bound_network(const Tensor* first, size_t count, bool joined, const st
   return *kept[0];
 }
 
+ScalarType dtype_of(ElementKind elements, ScalarType numbers) {
+  return elements == ElementKind::integers   ? ScalarType::Long
+         : elements == ElementKind::booleans ? ScalarType::Bool
+                                             : numbers;
+}
+
 template <class T>
 std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, const Expected& kind, const char* packed,
                         int64_t packed_bytes) {
   const Network<T>& network = bound.network;
   FASTNN_CHECK(count == network.inputs.size(), kind.op, ": expected ", network.inputs.size(), " inputs, got ", count);
   for (size_t i = 0; i < count; ++i) {
-    if (!network.inputs[i].is_integer) {
+    const ScalarType dtype = dtype_of(network.inputs[i].elements, kind.dtype);
+    if (dtype == kind.dtype) {
       check_same_kind(inputs[i], kind, "input");
       continue;
     }
     check_plain(inputs[i], kind.op, "input");
     check_memory(inputs[i], kind.op, "input");
-    FASTNN_CHECK(inputs[i].scalar_type() == ScalarType::Long, kind.op, ": expected input ", i, " to be int64");
+    FASTNN_CHECK(inputs[i].scalar_type() == dtype, kind.op, ": expected input ", i, " to be ",
+                 dtype == ScalarType::Bool ? "bool" : "int64");
   }
   const Kernels<T> kernels = Kernels<T>::active();
   PackedReader reader(packed, packed_bytes, kernels.isa, sizeof(T));
@@ -125,7 +133,7 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
   for (size_t i = 0; i < count; ++i) dense_inputs.push_back(dense(inputs[i]));
   for (const int64_t output : network.outputs) {
     const ValueType& value = plan.values[static_cast<size_t>(output)];
-    outputs.push_back(new_tensor(value.sizes, value.is_integer ? ScalarType::Long : kind.dtype));
+    outputs.push_back(new_tensor(value.sizes, dtype_of(value.elements, kind.dtype)));
   }
   const Scratch<T> memory(plan.memory);
   constexpr size_t kFew = 64;

@@ -17,11 +17,14 @@ namespace fastnn {
 // innermost.
 enum class Format : int8_t { contiguous, channels_last };
 
+// What a value holds: numbers of the network's dtype; int64, which an embedding takes; or booleans, which a cast takes.
+enum class ElementKind : int8_t { numbers, integers, booleans };
+
 // A value's sizes and where its elements lie.
 struct ValueType {
   Ints sizes;
   Format format = Format::contiguous;
-  bool is_integer = false;  // int64, as an embedding takes it; all else is of the network's dtype
+  ElementKind elements = ElementKind::numbers;
   // Where the value is a part of a concatenation of channels: the elements from a pixel to the next; else 0.
   int64_t pitch = 0;
   // Where the value is a part of another value that is read where it lies: the elements from one to the next along each

@@ -40,6 +40,8 @@ const std::vector<LayerEntry>& layer_entries() {
         unary_entry(),
         prelu_entry(),
         binary_entry(),
+        where_entry(),
+        cast_entry(),
         softmax_entry(),
         layer_norm_entry(),
         group_norm_entry(),

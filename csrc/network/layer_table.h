@@ -27,11 +27,13 @@ inline void check_source_line(ProgramLine& line, const AttributeEntry* entries) 
   if (!line.inputs.empty()) line.refuse("it takes no values");
   check_attributes(line);
 }
-// Whether an input is int64. Else it has the weights' dtype.
-inline bool is_of_integers(const ProgramLine& line) {
+// What an input holds: without a dtype, numbers of the weights' dtype.
+inline ElementKind elements_of(const ProgramLine& line) {
   const std::string_view dtype = line.text("dtype");
-  if (!dtype.empty() && dtype != "int64") line.refuse("expected dtype=int64, or none, for the weights' dtype");
-  return !dtype.empty();
+  if (dtype == "int64") return ElementKind::integers;
+  if (dtype == "bool") return ElementKind::booleans;
+  if (!dtype.empty()) line.refuse("expected dtype=int64, dtype=bool, or none, for the weights' dtype");
+  return ElementKind::numbers;
 }
 
 // Finds the layer of a line in the table, and gives the line the layer's attributes. Raises where there is no such

@@ -23,7 +23,7 @@ struct NetworkInput {
   };
   int64_t value;
   std::vector<Range> ranges;
-  bool is_integer;
+  ElementKind elements;
 
   // sizes=3,0:,2:10 and the like: a number, or the least and the most that it may be.
   explicit NetworkInput(const ProgramLine& line) {
@@ -37,7 +37,7 @@ struct NetworkInput {
       const int64_t least = number(part.substr(0, colon), 0);
       ranges.push_back({least, colon == std::string_view::npos ? least : number(part.substr(colon + 1), kAny)});
     }
-    is_integer = is_of_integers(line);
+    elements = elements_of(line);
   }
 
   // number: which of the network's inputs this is.
@@ -143,7 +143,7 @@ class Network {
   void let_inputs_change_format() {
     std::vector<Step> changes;
     for (const NetworkInput& input : inputs) {
-      if (input.ranges.size() < 3 || input.is_integer) continue;
+      if (input.ranges.size() < 3 || input.elements != ElementKind::numbers) continue;
       const int64_t changed = static_cast<int64_t>(values++);
       for (Step& step : steps) {
         Layer<T>& layer = *step.layer;

@@ -52,7 +52,7 @@ class Plan {
   void set_sizes(const std::vector<Ints>& inputs, const Kernels<T>& kernels) {
     values.resize(network_.values);
     for (size_t i = 0; i < inputs.size(); ++i) {
-      values[at(network_.inputs[i].value)] = {inputs[i], Format::contiguous, network_.inputs[i].is_integer};
+      values[at(network_.inputs[i].value)] = {inputs[i], Format::contiguous, network_.inputs[i].elements};
     }
     for (size_t value = 0; value < values.size(); ++value) {
       if (network_.weights.holds(static_cast<int64_t>(value))) {
@@ -67,7 +67,9 @@ class Plan {
       const size_t read = site.inputs.size() - step.layer->sizes_only;
       try {
         for (size_t i = 0; i < read; ++i) {
-          FASTNN_CHECK(!site.inputs[i].is_integer || step.name == "embedding", "expected a floating-point input");
+          FASTNN_CHECK(
+              site.inputs[i].elements == ElementKind::numbers || step.name == "embedding" || step.name == "cast",
+              "expected a floating-point input");
         }
         step.layer->set_sizes(site);
         for (const ValueType& output : site.outputs) {

@@ -21,7 +21,9 @@ class TrainingPass {
     for (ProgramLine line : parsed.lines) {
       if (line.layer == "input") {
         check_source_line(line, kInputEntries);
-        inputs_.push_back({line.outputs[0], is_of_integers(line)});
+        const ElementKind elements = elements_of(line);
+        if (elements == ElementKind::booleans) line.refuse("a network that is trained takes no booleans");
+        inputs_.push_back({line.outputs[0], elements == ElementKind::integers});
       } else if (line.layer == "weight") {
         check_source_line(line, kWeightEntries);
         parameters_.push_back(line.outputs[0]);

@@ -18,6 +18,7 @@ inline int32_t code_of(ScalarType dtype) {
          : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
          : dtype == ScalarType::Byte   ? aoti_torch_dtype_uint8()
          : dtype == ScalarType::Long   ? aoti_torch_dtype_int64()
+         : dtype == ScalarType::Bool   ? aoti_torch_dtype_bool()
                                        : aoti_torch_dtype_bfloat16();
 }
 // The dtype of the kernels' type.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import isfinite, prod
 from typing import Any
 
@@ -44,11 +44,15 @@ RANGES = (_aten.arange.default, _aten.arange.start)  # the operators that give n
 
 
 class Reader:
-    """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes."""
+    """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes.
+    outside: nodes of booleans that torch runs. The others are values that are 1 and 0, `booleans`, which only layers
+    that take masks may see."""
 
-    def __init__(self, graph: Graph, constants: dict[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, constants: dict[str, Tensor], outside: Collection[Node] = ()) -> None:
         self.nodes = list(graph.nodes)
-        self.constants = constants
+        self.constants, self.outside = constants, outside
+        self.booleans: set[Value] = set()
+        self._gives_booleans = False  # whether the node that is being read does
         self.values: dict[Node, Value] = {}
         self.taken: set[Value] = set()  # the values that are some node's result
         self.parts: dict[Node, list[Value]] = {}  # the results of a node that has several
@@ -68,7 +72,9 @@ class Reader:
         if read is None:
             raise NotALayerError("has no counterpart in a frozen model")
         result = node.meta.get("val")
-        if isinstance(result, Tensor) and result.dtype != self.dtype:
+        self._gives_booleans = isinstance(result, Tensor) and result.dtype == torch.bool
+        is_refused = node in self.outside or not all(_takes_booleans(user, node) for user in node.users)
+        if isinstance(result, Tensor) and result.dtype != self.dtype and (is_refused or not self._gives_booleans):
             raise NotALayerError(f"gives {result.dtype}")
         self.lines = []
         try:
@@ -100,7 +106,10 @@ class Reader:
         is_first = node.target in RANGES and (len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0))
         if not is_first and not (_puts_one_in_front(node) and node.args[0] in self.ranges):
             return False
-        if not all(user.target is _aten.embedding.default or _puts_one_in_front(user) for user in node.users):
+        users = set(node.users)
+        while more := {user for user in users if _puts_one_in_front(user)}:
+            users = (users - more).union(*(one.users for one in more))
+        if any(user.target is not _aten.embedding.default for user in users):
             return False
         if node.meta["val"].dtype != torch.int64 or -1 in self.write_sizes(_sizes(node))[0]:
             return False
@@ -137,7 +146,11 @@ class Reader:
             given = tensor if tensor is not None else node.meta.get("val")
             if not isinstance(given, Tensor):
                 raise NotALayerError("takes something that is no tensor")
-            if given.dtype != self.dtype and (tensor is not None or given.dtype != torch.int64):
+            if given.dtype == torch.bool and tensor is not None:
+                known = self.values[node] = Value(given.shape, tensor.to(self.dtype))
+                self.booleans.add(known)
+                return known
+            if given.dtype != self.dtype and (tensor is not None or given.dtype not in (torch.int64, torch.bool)):
                 raise NotALayerError(f"takes {given.dtype}")
             known = self.values[node] = Value(given.shape, None if tensor is None else tensor.detach())
             self.taken.add(known)
@@ -148,16 +161,25 @@ class Reader:
         given = node.meta.get("val")
         if node.name in self.constants or not isinstance(given, Tensor):
             return False
-        return given.dtype in (self.dtype, torch.int64)
+        return given.dtype in (self.dtype, torch.int64, torch.bool)
 
     def data(self, node: Any) -> Value:
         """The value that is the node's result, which must not be a weight."""
+        if self._gives_booleans and node.meta["val"].dtype == torch.bool:
+            return self.condition(node)
         value = self.value(node)
         if value.tensor is not None:
             raise NotALayerError("does not depend on the input in the way that a layer does")
         if node.meta["val"].dtype != self.dtype:
             raise NotALayerError(f"takes {node.meta['val'].dtype}")
         return value
+
+    def condition(self, node: Any) -> Value:
+        """A mask of booleans, as 1 and 0."""
+        if not isinstance(node, Node) or node.meta["val"].dtype != torch.bool:
+            raise NotALayerError("takes a mask that is not of booleans")
+        value = self.value(node)
+        return value if value in self.booleans else self.add("cast", {"input": [value]}, value.sizes)
 
     def weight(self, node: Any) -> list[Value]:
         """A weight, or nothing where there is none."""
@@ -185,6 +207,8 @@ class Reader:
             value = self.add("reshape", {"input": [value], "like": [value]}, value.sizes, sizes=sizes)
         self.values[node] = value
         self.taken.add(value)
+        if self._gives_booleans:
+            self.booleans.add(value)
 
     def reshape(self, value: Value, sizes: Sequence[Any], asked: Sequence[Any] = ()) -> Value:
         """Reshapes a value to these sizes. Of the sizes that depend on the inputs one can be left out, since it follows
@@ -617,10 +641,88 @@ def _attention(
     is_causal: bool = False, *, scale: Any = None, enable_gqa: bool = False
 ) -> None:  # fmt: skip
     given = {"query": [read.data(q)], "key": [read.data(k)], "value": [read.data(v)]}
-    if mask is not None or dropout_p or enable_gqa or not isinstance(scale, (int, float, type(None))):
-        raise NotALayerError("has a mask, a dropout, groups of queries, or a scale that is computed")
+    if dropout_p or enable_gqa or not isinstance(scale, (int, float, type(None))):
+        raise NotALayerError("has a dropout, groups of queries, or a scale that is computed")
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        shown = read.condition(mask)
+        given["mask"] = [read.add("unary", {"input": [shown]}, shown.sizes, function="log")]  # 0, or minus infinity
+    elif mask is not None:
+        given["mask"] = [read.value(mask)]
     text = "" if scale is None else repr(float(scale))
     read.finish(node, read.add("attention", given, _sizes(node), is_causal=is_causal, scale=text))
+
+
+_COMPARISONS = {
+    getattr(getattr(_aten, name), kind): name
+    for name in ("lt", "le", "gt", "ge", "eq", "ne")
+    for kind in ("Scalar", "Tensor")
+}
+
+
+@_row(*_COMPARISONS)
+def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
+    given: dict[str, list[Value]] = {}
+    for name, one in (("input", x), ("other", y)):
+        if isinstance(one, Node):
+            given[name] = [read.value(one)]
+            if one.meta["val"].dtype != read.dtype:
+                raise NotALayerError(f"takes {one.meta['val'].dtype}")
+    numbers = {} if "other" in given else {"number": float(y)}
+    read.finish(node, read.add("binary", given, _sizes(node), function=_COMPARISONS[node.target], **numbers))
+
+
+@_row(_aten.logical_not.default, _aten.bitwise_not.default)
+def _not(read: Reader, node: Node, x: Any) -> None:
+    read.finish(node, read.binary("sub", read.condition(x), 1.0, reverses=True))
+
+
+@_row(_aten.logical_and.default, _aten.bitwise_and.Tensor)
+def _and(read: Reader, node: Node, x: Any, y: Any) -> None:
+    given = {"input": [read.condition(x)], "other": [read.condition(y)]}
+    read.finish(node, read.add("binary", given, _sizes(node), function="mul"))
+
+
+# Where a layer takes a mask; and operators that move booleans, or make booleans of them.
+_MASKS = {
+    **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf), 0),
+    _aten.masked_fill.Scalar: 1,
+    _aten.scaled_dot_product_attention.default: 3,
+}
+_OF_BOOLEANS = frozenset(
+    {
+        *(_aten.logical_not.default, _aten.bitwise_not.default, _aten.logical_and.default, _aten.bitwise_and.Tensor),
+        *(_aten.slice.Tensor, _aten.unsqueeze.default, _aten.expand.default, _aten.select.int, _aten.view.default),
+        *(_aten.permute.default, _aten.transpose.int, _aten.squeeze.dim),
+    }
+)
+
+
+def _takes_booleans(user: Node, mask: Node) -> bool:
+    target: Any = user.target
+    place = _MASKS.get(target)
+    if place is None:
+        return target in _OF_BOOLEANS
+    return [i for i, one in enumerate(user.args) if one is mask] == [place] or user.kwargs.get("attn_mask") is mask
+
+
+@_row(_aten.masked_fill.Scalar)
+def _masked_fill(read: Reader, node: Node, x: Any, mask: Any, number: Any) -> None:
+    _choose(read, node, mask, number, x)
+
+
+@_row(_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf)
+def _choose(read: Reader, node: Node, mask: Any, chosen: Any, other: Any) -> None:
+    given, numbers = {"condition": [read.condition(mask)]}, {}
+    for name, one in (("input", chosen), ("other", other)):
+        if isinstance(one, Node):
+            given[name] = [read.value(one)]
+            if one.meta["val"].dtype != read.dtype:
+                raise NotALayerError(f"takes {one.meta['val'].dtype}")
+        else:
+            numbers["number"] = float(one)
+    if len(given) == 1 or any(isfinite(one) and abs(one) > torch.finfo(read.dtype).max for one in numbers.values()):
+        raise NotALayerError("chooses between numbers alone, or takes one that its dtype does not have")
+    read.finish(node, read.add("where", given, _sizes(node), **numbers))
 
 
 @_row(_aten.prelu.default)
@@ -946,7 +1048,7 @@ def _contiguous(read: Reader, node: Node, x: Any, memory_format: Any = None) -> 
 
 @_row(_aten.slice.Tensor)
 def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> None:
-    value = read.data(x)
+    value = read.data(x) if getattr(x, "name", "") not in read.constants else read.value(x)  # or a part of a table
     if _same(value.sizes, _sizes(node)):
         return read.finish(node, value)
     stop = _END if end is None else end

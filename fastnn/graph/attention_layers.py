@@ -3,6 +3,8 @@ memory, so that dropouts draw the same numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from fastnn.graph.mask_layers import attention_mask
 from fastnn.graph.reader import NotANetworkError, Reader, module_row, only_first_is_taken, row
 from fastnn.network_program import Line, Value
 from fastnn.nn._hooks import has_own_call
@@ -25,9 +28,10 @@ def _attention(
     read: Reader, node: Node, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: Any = None, enable_gqa: bool = False
 ) -> None:  # fmt: skip
-    if attn_mask is not None or enable_gqa or isinstance(scale, Node):
-        raise NotANetworkError("an attention has a mask, groups of queries, or a scale that is computed")
+    if enable_gqa or isinstance(scale, Node) or (is_causal and attn_mask is not None):
+        raise NotANetworkError("an attention has groups of queries, a scale that is computed, or two masks")
     inputs = {"query": [read.data(query)], "key": [read.data(key)], "value": [read.data(value)]}
+    inputs["mask"] = attention_mask(read, attn_mask, shown=True)
     _add_attention(read, node, inputs, is_causal, dropout_p, "" if scale is None else repr(float(scale)))
 
 
@@ -39,46 +43,81 @@ def _add_attention(
     return read.add(node, "attention", inputs, is_causal=bool(is_causal), dropout=float(drops), scale=scale)
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """What hides keys from queries: `is_causal` the later ones; `addends`, which are none or one value, as an attention
+    adds it to its scores."""
+
+    is_causal: bool
+    addends: list[Value]
+
+
+def _masks(read: Reader, mask: Any, padding: Any, is_causal: Any, needs_weights: bool = False) -> _Masks:
+    """mask, padding: as torch's modules take them, with True for what is hidden. torch wants a mask beside the hint
+    that it hides the later keys, and goes by the hint where nothing else needs the mask."""
+    if is_causal and mask is None:
+        raise NotANetworkError("an attention is said to be causal, and has no mask")
+    if is_causal and padding is None and not needs_weights:
+        return _Masks(True, [])
+    addends = attention_mask(read, mask, shown=False)
+    for keys in attention_mask(read, padding, shown=False):  # (batch, keys) -> (batch, 1, 1, keys)
+        for _ in range(2):
+            keys = read.add(None, "unsqueeze", {"input": [keys]}, dim=1)
+        addends = [read.add(None, "binary", {"input": [keys], "other": addends}, function="add") if addends else keys]
+    return _Masks(False, addends)
+
+
 @module_row(nn.MultiheadAttention)
 def _multihead(
     read: Reader, node: Node, module: Any, query: Any, key: Any, value: Any, key_padding_mask: Any = None,
     need_weights: bool = True, attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False
 ) -> None:  # fmt: skip
-    if key is not query or value is not query:
-        raise NotANetworkError("queries, keys and values are made of different tensors")
-    causal = _is_causal(attn_mask, key_padding_mask, is_causal)
-    if causal and need_weights:
-        raise NotANetworkError("an attention has a mask, and gives its weights")
     if not only_first_is_taken(node):
         raise NotANetworkError("the weights of an attention are read")
-    read.parts[node] = [_of_itself(read, module, read.data(query), causal)]  # the weights are no value of a network
+    masks = _masks(read, attn_mask, key_padding_mask, is_causal, need_weights)
+    nodes = list(dict.fromkeys((query, key, value)))
+    given = [read.data(one) for one in (query, key, value)] if len(nodes) > 1 else [read.data(query)]
+    if key is value and len(nodes) > 1:
+        del given[2]
+    # (The weights are no value of a network.)
+    read.parts[node] = [_multihead_attention(read, module, given, masks, need_weights)]
 
 
-def _is_causal(mask: Any, padding: Any, is_causal: Any) -> bool:
-    """Whether a call of torch's masks the later steps. torch wants the mask beside the hint that it is this one."""
-    if padding is not None or bool(is_causal) != (mask is not None):
-        raise NotANetworkError("an attention has a mask that may be any")
-    return bool(is_causal)
-
-
-def _of_itself(read: Reader, module: Any, value: Value, causal: bool) -> Value:
-    """The attention of a sequence to itself."""
+def _multihead_attention(
+    read: Reader, module: Any, given: Sequence[Value], masks: _Masks, needs_weights: bool = False
+) -> Value:
+    """given: a sequence that attends to itself; or the queries, and what both keys and values are made of; or what each
+    of the three is made of. needs_weights: whether torch computes the weights, which are NaN for a query that sees no
+    key. (Else such a query gives 0.)"""
     has_more = module.add_zero_attn or module.bias_k is not None or module.bias_v is not None
     if has_more or not module.embed_dim == module.kdim == module.vdim:
         raise NotANetworkError("an attention has keys of other sizes, or more of them")
-    heads = module.num_heads
+    heads, features = module.num_heads, module.embed_dim
     read.note(module, *_SETTINGS)
     if module.batch_first:
-        value = read.add(None, "transpose", {"input": [value]}, first=0, second=1)
-    weights = {"weight": read.own(module, "in_proj_weight"), "bias": read.own(module, "in_proj_bias")}
-    joined = read.add(None, "linear", {"input": [value], **weights})
-    parts = [Value(()) for _ in range(3)]
-    read.lines.append(Line("split", {"input": [joined]}, parts, {"dim": -1, "chunks": 3}))
+        given = [read.add(None, "transpose", {"input": [value]}, first=0, second=1) for value in given]
+    parameters = {"weight": read.own(module, "in_proj_weight"), "bias": read.own(module, "in_proj_bias")}
+    parts: list[Value] = []
+    for value, count in zip(given, {1: (3,), 2: (1, 2), 3: (1, 1, 1)}[len(given)], strict=True):
+        first = len(parts) * features
+        own = parameters if count == 3 else {
+            name: [read.add(None, "slice", {"input": some}, dim=0, start=first, stop=first + count * features)]
+            for name, some in parameters.items() if some
+        }  # fmt: skip
+        joined = read.add(None, "linear", {"input": [value], **own})
+        some = [joined] if count == 1 else [Value(()) for _ in range(count)]
+        if count > 1:
+            read.lines.append(Line("split", {"input": [joined]}, some, {"dim": -1, "chunks": count}))
+        parts += some
     inputs: dict[str, list[Value]] = {}
     for name, part in zip(("query", "key", "value"), parts, strict=True):
         part = read.add(None, "unflatten", {"input": [part]}, dim=-1, sizes=[heads, module.head_dim])
         inputs[name] = [read.add(None, "permute", {"input": [part]}, dims=[1, 2, 0, 3])]
-    value = _add_attention(read, None, inputs, causal, module.dropout if module.training else 0.0)
+    drops = module.dropout if module.training else 0.0
+    if needs_weights and masks.addends:
+        value = _add_attention_by_weights(read, inputs, masks.addends, drops, module.head_dim**-0.5)
+    else:
+        value = _add_attention(read, None, {**inputs, "mask": masks.addends}, masks.is_causal, drops)
     value = read.add(None, "permute", {"input": [value]}, dims=[2, 0, 1, 3])
     value = read.add(None, "flatten", {"input": [value]}, start_dim=2)
     value = _linear(read, module.out_proj, value)
@@ -87,12 +126,28 @@ def _of_itself(read: Reader, module: Any, value: Value, causal: bool) -> Value:
     return value
 
 
+def _add_attention_by_weights(
+    read: Reader, inputs: dict[str, list[Value]], addends: list[Value], drops: float, scale: float
+) -> Value:
+    queries = read.add(None, "binary", {"input": inputs["query"]}, function="mul", number=scale)
+    keys = read.add(None, "transpose", {"input": inputs["key"]}, first=-2, second=-1)
+    scores = read.add(None, "matmul", {"input": [queries], "other": [keys]})
+    scores = read.add(None, "binary", {"input": [scores], "other": addends}, function="add")
+    weights = read.add(None, "softmax", {"input": [scores]}, dim=-1)
+    if drops:
+        read.draws = True
+        weights = read.add(None, "dropout", {"input": [weights]}, p=float(drops))
+    return read.add(None, "matmul", {"input": [weights], "other": inputs["value"]})
+
+
 @module_row(nn.TransformerEncoderLayer)
 def _encoder_layer(
     read: Reader, node: Node, module: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: bool = False
 ) -> None:  # fmt: skip
-    read.values[node] = _encoded(read, module, read.data(src), _is_causal(src_mask, src_key_padding_mask, is_causal))
+    _check_padding(module, src_key_padding_mask)
+    masks = _masks(read, src_mask, src_key_padding_mask, is_causal)
+    read.values[node] = _encoded(read, module, read.data(src), masks)
 
 
 @module_row(nn.TransformerEncoder)
@@ -100,30 +155,103 @@ def _encoder(
     read: Reader, node: Node, module: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: Any = None
 ) -> None:  # fmt: skip
-    causal, value = _is_causal(mask, src_key_padding_mask, is_causal), read.data(src)
-    read.note(module)
+    _check_padding(module, src_key_padding_mask)
+    masks = _masks(read, mask, src_key_padding_mask, is_causal)
+    read.values[node] = _encoded_by_all(read, module, read.data(src), masks)
+
+
+def _check_padding(module: nn.Module, padding: Any) -> None:
+    """In inference torch's encoders leave out what is padding, and give zeros there."""
+    if padding is not None and not module.training:
+        raise NotANetworkError("an encoder has a mask of padding, which torch leaves out in eval mode")
+
+
+def _encoded_by_all(read: Reader, module: Any, value: Value, masks: _Masks) -> Value:
+    read.note(module, "training")
     for layer in module.layers:
         _check(layer, nn.TransformerEncoderLayer)
-        value = _encoded(read, layer, value, causal)
-    read.values[node] = value if module.norm is None else _normalized(read, module.norm, value)
+        value = _encoded(read, layer, value, masks)
+    return value if module.norm is None else _normalized(read, module.norm, value)
 
 
-def _encoded(read: Reader, module: Any, value: Value, causal: bool) -> Value:
-    """A layer of an encoder: attention and two linear layers, each with a norm and a way around it."""
-    _check(module.self_attn, nn.MultiheadAttention)
+@module_row(nn.TransformerDecoderLayer)
+def _decoder_layer(
+    read: Reader, node: Node, module: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: bool = False,
+    memory_is_causal: bool = False
+) -> None:  # fmt: skip
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    read.values[node] = _encoded(read, module, read.data(tgt), own, (read.data(memory), others))
+
+
+@module_row(nn.TransformerDecoder)
+def _decoder(
+    read: Reader, node: Node, module: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: Any = None,
+    memory_is_causal: bool = False
+) -> None:  # fmt: skip
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    read.values[node] = _decoded_by_all(read, module, read.data(tgt), own, (read.data(memory), others))
+
+
+def _decoded_by_all(read: Reader, module: Any, value: Value, masks: _Masks, memory: tuple[Value, _Masks]) -> Value:
+    read.note(module)
+    for layer in module.layers:
+        _check(layer, nn.TransformerDecoderLayer)
+        value = _encoded(read, layer, value, masks, memory)
+    return value if module.norm is None else _normalized(read, module.norm, value)
+
+
+@module_row(nn.Transformer)
+def _transformer(
+    read: Reader, node: Node, module: Any, src: Any, tgt: Any, src_mask: Any = None, tgt_mask: Any = None,
+    memory_mask: Any = None, src_key_padding_mask: Any = None, tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None, src_is_causal: Any = None, tgt_is_causal: Any = None,
+    memory_is_causal: bool = False
+) -> None:  # fmt: skip
+    _check_padding(module.encoder, src_key_padding_mask)
+    _check(module.encoder, nn.TransformerEncoder)
+    _check(module.decoder, nn.TransformerDecoder)
+    read.note(module)
+    masks = _masks(read, src_mask, src_key_padding_mask, src_is_causal)
+    memory = _encoded_by_all(read, module.encoder, read.data(src), masks)
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    read.values[node] = _decoded_by_all(read, module.decoder, read.data(tgt), own, (memory, others))
+
+
+def _encoded(
+    read: Reader, module: Any, value: Value, masks: _Masks, memory: tuple[Value, _Masks] | None = None
+) -> Value:
+    """A layer of an encoder: attention and two linear layers, each with a norm and a way around it; or of a decoder,
+    which attends to a memory between the two."""
     activation = _ACTIVATIONS.get(module.activation)
     if activation is None:
-        raise NotANetworkError("an encoder's activation is neither relu nor gelu")
-    read.note(module, "activation", "norm_first")
+        raise NotANetworkError("a transformer's activation is neither relu nor gelu")
+    read.note(module, "activation", "norm_first", "training")
 
     def attended(value: Value) -> Value:
-        return _dropped(read, module.dropout1, _of_itself(read, module.self_attn, value, causal))
+        _check(module.self_attn, nn.MultiheadAttention)
+        return _dropped(read, module.dropout1, _multihead_attention(read, module.self_attn, [value], masks))
+
+    def attended_to_memory(value: Value) -> Value:
+        assert memory is not None
+        _check(module.multihead_attn, nn.MultiheadAttention)
+        given = [value, memory[0]]
+        return _dropped(read, module.dropout2, _multihead_attention(read, module.multihead_attn, given, memory[1]))
 
     def fed_forward(value: Value) -> Value:
         value = _dropped(read, module.dropout, _linear(read, module.linear1, value, activation))
-        return _dropped(read, module.dropout2, _linear(read, module.linear2, value))
+        last = module.dropout2 if memory is None else module.dropout3
+        return _dropped(read, last, _linear(read, module.linear2, value))
 
-    for part, norm in ((attended, module.norm1), (fed_forward, module.norm2)):
+    if memory is None:
+        parts = [(attended, module.norm1), (fed_forward, module.norm2)]
+    else:
+        parts = [(attended, module.norm1), (attended_to_memory, module.norm2), (fed_forward, module.norm3)]
+    for part, norm in parts:
         if module.norm_first:
             changed = part(_normalized(read, norm, value))
             value = read.add(None, "binary", {"input": [value], "other": [changed]}, function="add")

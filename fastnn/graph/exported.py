@@ -107,7 +107,9 @@ def _read(
     graph, constants = exported.graph, _constants(exported)
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
-            if node.is_impure() and "sym_constrain" not in str(node.target):
+            if node.target is _aten._assert_tensor_metadata.default:
+                pass  # The export's own check that a conversion's input is as it was.
+            elif node.is_impure() and "sym_constrain" not in str(node.target):
                 raise _refusal(node, "refuses values or sizes, which a frozen model cannot")
             graph.erase_node(node)
     by_name = {node.name: node for node in graph.nodes}
@@ -144,13 +146,36 @@ def _split(
     A border is an operator that is no layer. Count for each layer the most borders on a path that leads to it: layers
     with the same count become one network, because no path from one of them to another passes a border.
     """
+    outside: set[Node] = set()
+    while True:
+        try:
+            return _split_with(graph, constants, limits, ranges, outside)
+        except _BooleansAreNeededError as needed:
+            outside.update(needed.nodes)
+
+
+class _BooleansAreNeededError(Exception):
+    """Torch, or another network, takes booleans that a network has read as 1 and 0."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = nodes
+
+
+def _split_with(
+    graph: Graph,
+    constants: dict[str, Tensor],
+    limits: dict[Node, list[int]],
+    ranges: dict[str, tuple[int, int]],
+    outside: Collection[Node],
+) -> tuple[list[Segment | Node], list[ValueError]]:
     refusals: list[ValueError] = []
-    reader = Reader(graph, constants)
+    reader = Reader(graph, constants, outside)
     levels: dict[Node, int] = {}  # how many borders there are before a node
     of_value: dict[Value, int] = {}
     lines: dict[int, list[Line]] = {}
     taken: dict[int, list[Node]] = {}
     units: list[Segment | Node] = []
+    first: set[Node] = set()  # borders that no layer comes before: they run before all networks
     for node in graph.nodes:
         if node.op != "call_function" or node.name in constants:
             continue
@@ -161,11 +186,15 @@ def _split(
                 raise NotALayerError("does not depend on the input")
             found = reader.read(node)
         except NotALayerError as reason:
+            if booleans := [one for one in depends_on if reader.values.get(one) in reader.booleans]:
+                raise _BooleansAreNeededError(booleans) from reason
             is_tensor = isinstance(node.meta.get("val"), Tensor)
             if is_tensor:
                 refusals.append(_refusal(node, str(reason)))
+            if all(one.op == "placeholder" or one in first for one in depends_on):
+                first.add(node)
             # A size is no tensor; it is known as soon as its tensor is.
-            levels[node] = before + is_tensor
+            levels[node] = before + (is_tensor and node not in first)
             units.append(node)
             continue
         finally:
@@ -230,6 +259,8 @@ def _segment(
         and node in reader.values
         and (reader.values[node] in elsewhere or any(user not in nodes for user in node.users))
     ]
+    if booleans := [node for node in outputs if reader.values[node] in reader.booleans]:
+        raise _BooleansAreNeededError(booleans)
     results = [reader.values[node] for node in outputs]
     rewritten = rewrite(lines, results)
     made = {value for line in rewritten for value in line.outputs}
@@ -243,10 +274,13 @@ def _segment(
                 dim, size = found
                 known[2 * dim : 2 * dim + 2] = [size, size]
         sizes.append(",".join(map(_range_in_words, known[::2], known[1::2])))
-    dtypes = ["" if node.meta["val"].is_floating_point() else "int64" for node in inputs]
+    dtypes = [_DTYPES.get(node.meta["val"].dtype, "") for node in inputs]
     given: list[tuple[Value, str]] = [(reader.values[node], size) for node, size in zip(inputs, sizes, strict=True)]
     program, weights = write(given, rewritten, results, dtypes)
     return Segment(inputs, outputs, program, weights)
+
+
+_DTYPES = {torch.int64: "int64", torch.bool: "bool"}  # of inputs that hold no floating-point numbers
 
 
 def _required(line: Line) -> tuple[int, int] | None:

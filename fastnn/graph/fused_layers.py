@@ -1,5 +1,6 @@
 """What each node of a fused graph is among the layers of networks, in training and in inference: a row for each
-function, method or module. (Those of attention are in ``attention_layers.py``.)"""
+function, method or module. (Those of attention and of masks are in
+``attention_layers.py`` and ``mask_layers.py``.)"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fastnn.activations import parse
-from fastnn.graph import attention_layers  # noqa: F401 (registers its rows)
+from fastnn.graph import attention_layers, mask_layers  # noqa: F401 (register their rows)
 from fastnn.graph.joining import chooses_last, kernel_of
 from fastnn.graph.order import in_place, unpack
 from fastnn.graph.reader import (
@@ -36,15 +37,6 @@ from fastnn.ops.batch_norm import batch_norm_relu_max_pool, conv_batch_norm_relu
 from fastnn.ops.conv_relu_max_pool import conv_relu_max_pool
 from fastnn.ops.convolution import convolution
 from fastnn.ops.mlp import mlp_of_parameters, mlp_with_some_biases
-
-# Layers that move elements, and whose results may lie in the memory of what they take.
-VIEWS = frozenset(
-    {
-        *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
-        *("split", "unflatten", "detach", "check_sizes"),
-    }
-)
-
 
 # ---- what the matcher has made --------------------------------------------------------------------------------------
 

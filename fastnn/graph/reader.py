@@ -21,6 +21,7 @@ from fastnn._torch import OF_CONVOLUTIONS
 from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.graph.prologue import GIVE_BOOLEANS, Prologue, name_of_target
 from fastnn.network_program import Line, Value
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
@@ -47,6 +48,15 @@ def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
     return kept[::-1]
 
 
+# Layers that move elements, and whose results may lie in the memory of what they take.
+VIEWS = frozenset(
+    {
+        *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
+        *("split", "unflatten", "detach", "check_sizes"),
+    }
+)
+
+
 @dataclass(frozen=True)
 class Size:
     """A number that follows from the sizes of values."""
@@ -60,17 +70,26 @@ class Reader:
     """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
     several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor;
     `tails`: of a node that gives its last sizes, the tensor and the first of these dimensions.
-    takes_computed: whether parameters may be computed, as weight_norm computes them; `computed` has their names."""
+    prologue: which nodes torch computes before. takes_computed: whether parameters may be computed, as weight_norm
+    computes them; `computed` has their names."""
 
     def __init__(
-        self, modules: dict[str, nn.Module], order: Order, inputs: Sequence[Node], takes_computed: bool = False
+        self,
+        modules: dict[str, nn.Module],
+        order: Order,
+        inputs: Sequence[Node],
+        prologue: Prologue,
+        takes_computed: bool = False,
     ) -> None:
-        self.modules, self.order, self._takes_computed = modules, order, takes_computed
+        self.modules, self.order, self.prologue, self._takes_computed = modules, order, prologue, takes_computed
         self.computed: dict[Value, str] = {}
         self.values: dict[Node, Value] = {node: Value(()) for node in inputs}
         self.given = list(self.values.values())
         self.integers: set[Value] = set()  # inputs of integers, which embeddings take
         self.floats: set[Value] = set()  # values that must hold floating-point numbers
+        self.booleans: set[Value] = set()  # values of a network that are 1 and 0 where torch has True and False
+        # Values that are a given one in a form (prologue.py): that one, and the form's name.
+        self.forms: dict[Value, tuple[Value, str]] = {}
         # Of a node that chooses one column of an input of integers: the input, the dimension and the place in it.
         self.columns: dict[Node, tuple[Value, int, int]] = {}
         # Of a node that is the numbers from 0 up to a size: the size, and whether it has a dimension of one in front.
@@ -158,7 +177,10 @@ class Reader:
             if known is not None:
                 return known
             if node in self.tensors:
-                return self.tensor_of_model(*self.tensors[node])
+                own, name = self.tensors[node]
+                if isinstance(own, dict) and isinstance(own.get(name), Tensor) and not own[name].is_floating_point():
+                    return self.give(node)
+                return self.tensor_of_model(own, name)
             if node in self.constants:
                 inputs, attributes = self.constants[node]
                 return self.add(None, "full", inputs, **attributes)
@@ -169,8 +191,41 @@ class Reader:
         value = self.value(node)
         if value in self.integers:
             raise NotANetworkError("an input of integers goes to more than embeddings")
+        if value in self.given and (node in self.prologue.before | self.prologue.read or node in self.tensors):
+            return self._number_given(node, value)
         self.floats.add(value)
         return value
+
+    def _number_given(self, node: Node, value: Value) -> Value:
+        own, name = self.tensors.get(node, ({}, ""))
+        if name_of_target(node) not in GIVE_BOOLEANS and not (own and own[name].dtype is torch.bool):
+            return self.in_form(value, "numbers")
+        value = self.in_form(value, "condition")
+        self.booleans.add(value)
+        return value
+
+    def give(self, node: Node) -> Value:
+        """Notes that a network is given what a node is."""
+        value = self.values[node] = Value(())
+        self.given.append(value)
+        return value
+
+    def in_form(self, value: Value, form: str) -> Value:
+        """A given value in a form of prologue.py."""
+        known = next((one for one, its in self.forms.items() if its == (value, form)), None)
+        if known is None:
+            known = Value(())
+            self.forms[known] = value, form
+        return known
+
+    def condition(self, node: Any) -> Value:
+        """The value that a node is, which must hold booleans, as 1 and 0."""
+        value = self.value(node)
+        if value in self.booleans:
+            return value
+        if value not in self.given or value in self.floats:
+            raise NotANetworkError("a mask is computed in a way that no network knows")
+        return self.in_form(value, "condition")
 
     def dtype(self) -> torch.dtype | None:
         """The dtype of the model's parameters; None where it has none of floating point."""
@@ -219,6 +274,8 @@ class Reader:
         """Adds a line of one result, which is the node's -> the result."""
         result = Value(())
         self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
+        if layer in VIEWS and inputs["input"][0] in self.booleans:
+            self.booleans.add(result)
         if node is not None:
             self.values[node] = result
         return result

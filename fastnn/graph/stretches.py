@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 from torch.fx import Graph, Node
 
 from fastnn._torch import saved_tensors_are_hooked
-from fastnn.graph.fused_layers import VIEWS
+from fastnn.graph import fused_layers  # noqa: F401 (registers its rows)
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
-from fastnn.graph.reader import NotANetworkError, Reader, has_side_effects, used_lines
+from fastnn.graph.prologue import Prologue, in_forms
+from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, has_side_effects, used_lines
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.ops._autograd import is_plain, wants_gradient
@@ -39,6 +40,7 @@ _COST_IN_PYTHON, _LEAST_COST = 5, 11
 _COSTS = {**dict.fromkeys(("batch_norm", "max_pool"), 4), **dict.fromkeys(("conv", "conv_transpose", "linear"), 3)}
 _LEAST_CALLS = 2  # In inference, a stretch takes the place of at least so many calls.
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
+_BEFORE = -1  # the level of what torch runs before all stretches
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
 
@@ -65,7 +67,8 @@ class NetworkCall:
 
     It is called with the module and the values that the stretch takes. `places` has the places among these values of
     the program's inputs and parameters, `counters` those of batch norms' counters. `same` has pairs of places whose
-    tensors were one when the model was read: only then does a parameter stand for both.
+    tensors were one when the model was read: only then does a parameter stand for both. `forms` has the inputs that
+    enter the network in a form (prologue.py).
     """
 
     __name__ = "network"  # torch.fx writes a call of it as that of a function of this name and module
@@ -77,9 +80,11 @@ class NetworkCall:
         places: Sequence[int],
         same: Sequence[tuple[int, int]],
         counters: Sequence[int],
+        forms: Sequence[tuple[int, str]],
         layers: Graph,
     ) -> None:
         self.program, self.places, self.same, self.counters = program, places, same, counters
+        self.forms = forms
         self._layers = layers
         self._one_by_one: Callable[..., Any] | None = None
         # How often the operator refused what the layers took, by the inputs' numbers of dimensions.
@@ -88,7 +93,9 @@ class NetworkCall:
     def __call__(self, module: Any, *values: Any) -> Any:
         tensors = [values[place] for place in self.places]
         refused: tuple[int, ...] | None = None
-        if self._may_run_at_once(tensors, values):
+        if self.forms and not self._set_forms(tensors):
+            pass
+        elif self._may_run_at_once(tensors, values):
             try:
                 outputs = self.program.run(tensors)
             except RuntimeError:  # the layers have words of their own for it
@@ -103,6 +110,14 @@ class NetworkCall:
         if refused is not None:  # What the layers refuse, too, says nothing about the operator.
             self._refused[refused] = self._refused.get(refused, 0) + 1
         return outputs
+
+    def _set_forms(self, tensors: list[Any]) -> bool:
+        """Replaces the inputs that enter the network in a form. Returns False where one of them has no such form."""
+        try:
+            in_forms(tensors, self.forms, tensors)
+        except RuntimeError:
+            return False
+        return True
 
     def _dims(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple([one.dim() for one in tensors[: self.program.inputs]])
@@ -122,6 +137,25 @@ class NetworkCall:
         if not is_plain(number) or wants_gradient(*tensors) is not program.records:
             return False
         return not (program.records and saved_tensors_are_hooked())
+
+
+def tensors_of(
+    graph: Graph, sources: Sequence[tuple[Any, Any]], inputs: Sequence[Node], modules: dict[str, nn.Module]
+) -> dict[Node, tuple[Any, Any]]:
+    """Where the nodes of a graph that are tensors of the model are found. inputs: those that are inputs of the graph,
+    of which `fastnn_tensor_3` is the fourth of the sources."""
+    tensors = {node: sources[int(str(node.target).rpartition("_")[2])] for node in inputs}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            held = next((one for one in (modules[owner]._parameters, modules[owner]._buffers) if name in one), None)
+            if held is not None:
+                tensors[node] = held, name
+    return tensors
+
+
+def buffers_of(tensors: dict[Node, tuple[Any, Any]]) -> list[Node]:
+    return [node for node, (own, name) in tensors.items() if not isinstance(own.get(name), nn.Parameter)]
 
 
 def compiled(graph: Graph, file: str) -> Callable[..., Any]:
@@ -191,9 +225,10 @@ class _Reading:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.inputs = placeholders[:inputs]
         self.order = Order(graph, modules)
-        self.reader = Reader(modules, self.order, self.inputs, takes_computed=True)
-        for node in placeholders[inputs:]:  # `fastnn_tensor_3` is the fourth source
-            self.reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
+        tensors = tensors_of(graph, sources, placeholders[inputs:], modules)
+        self.prologue = Prologue(graph, self.inputs, buffers_of(tensors), self.order, modules)
+        self.reader = Reader(modules, self.order, self.inputs, self.prologue, takes_computed=True)
+        self.reader.tensors.update(tensors)
         self.output, self.returned, self.views = graph.output_node(), returned, views
         self.stretches: dict[int, _Stretch] = {}
         self.borders: dict[int, list[Node]] = {}
@@ -227,14 +262,17 @@ class _Reading:
                 del reader.lines[count:], reader.counters[counted:]
                 if node in self.order.writes:
                     return False
+                if node in self.prologue.before:
+                    self.borders.setdefault(_BEFORE, []).append(node)
+                    reader.give(node)
+                    continue
                 level = max((levels.get(one, 0) + self._is_returned(one) for one in node.all_input_nodes), default=0)
                 level = max(level, last_drawn)
                 is_border.add(node)
                 first_free = max(first_free, level + 1)
                 if node.op != "get_attr":
                     self.borders.setdefault(level, []).append(node)
-                value = reader.values[node] = Value(())
-                reader.given.append(value)
+                reader.give(node)
             else:
                 if reader.draws:
                     level = last_drawn = max(level, last_drawn, first_free)
@@ -262,6 +300,8 @@ class _Reading:
         return node in self.returned and node.op != "placeholder"
 
     def _read_layer(self, node: Node, is_border: set[Node]) -> None:
+        if node in self.prologue.before:
+            raise NotANetworkError("torch runs it before")
         if node in self.views or (node.target is operator.getitem and node.args[0] in is_border):
             raise NotANetworkError("it shares memory with others, or may be a part of a tuple")
         self.reader.read(node)
@@ -273,7 +313,10 @@ class _Reading:
         stretch.nodes.append(node)
         stretch.lines += lines
         costs = [_COSTS.get(line.layer, 1) for line in lines if line.layer not in VIEWS]
-        if costs:
+        if costs and node.op == "call_module" and next(self.modules[str(node.target)].children(), None) is not None:
+            stretch.cost += sum(costs)  # a module of others, such as an attention
+            stretch.calls += len(costs)
+        elif costs:
             stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else max(costs)
             stretch.calls += 1
         for line in lines:
@@ -340,6 +383,7 @@ class _Reading:
         seen: set[Node] = set()
 
         def take_value(value: Value, level: int | None) -> None:
+            value, _ = self.reader.forms.get(value, (value, ""))
             own = self.level_of.get(value)
             if own is not None and own != level and own in self.chosen:
                 if value not in needed[own]:
@@ -384,9 +428,9 @@ class _Reading:
         return needed
 
     def _sharing(self, level: int) -> list[Value]:
-        """The results of a stretch that share memory with what it takes or with its other results, which a call cannot
-        give, and results that are nothing but another order of a value, which torch gives at no cost and with its own
-        strides."""
+        """The results of a stretch that a call cannot give: they share memory with what it takes or with its other
+        results, or are booleans; and results that are nothing but another order of a value, which torch gives at no
+        cost and with its own strides."""
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
         taken = {value for line in lines for value in line.taken()}
@@ -407,7 +451,7 @@ class _Reading:
             apart = len({part for _, part in results}) == len(results) and None not in splits and len(splits) == 1
             if len(results) > 1 and not apart:
                 sharing.update(result for result, _ in results if result is not root)
-        return [value for value in self.needed[level] if value in sharing]
+        return [value for value in self.needed[level] if value in sharing or value in self.reader.booleans]
 
     def _place_tensors(self) -> None:
         """Makes inputs of all tensors that the new graph may read."""
@@ -466,7 +510,9 @@ class _Reading:
             program, tensors = _inference_network(given, reader.computed, lines, results, dtypes)
             given = [value for value in given if value not in tensors]
         arguments = _Arguments(self)
-        places = [arguments.place_of(value) for value in given]
+        in_form = [reader.forms.get(value, (value, "")) for value in given]
+        places = [arguments.place_of(value) for value, _ in in_form]
+        forms = [(place, form) for place, (_, form) in enumerate(in_form) if form]
         first = {id(own[name]): (own, name) for own, name in reversed(reader.sources)}
         of_tensors = [
             arguments.place_of(one) if isinstance(one, Value) else arguments.place_of_tensor(*first[id(one)])
@@ -478,7 +524,7 @@ class _Reading:
             same += [(place, other) for other in others if other != place]
         counters = [arguments.place_of_tensor(own, name) for own, name in stretch.counters]
         layers = self._layers_of(level, results, arguments)
-        call = NetworkCall(program, [*places, *of_tensors], same, counters, layers)
+        call = NetworkCall(program, [*places, *of_tensors], same, counters, forms, layers)
         node = self.new.call_function(call, (self.root, *arguments.nodes))
         for number, value in enumerate(results):
             self.values[value] = self.new.call_function(operator.getitem, (node, number))

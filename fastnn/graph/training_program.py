@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-from torch.fx import Node
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
 
 from fastnn._torch import pytree
 from fastnn.graph.alike import NotAlikeError, Parts, kind_of
@@ -17,8 +18,10 @@ from fastnn.graph.fused_layers import dim_of_log_softmax
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
+from fastnn.graph.prologue import Prologue, in_forms
 from fastnn.graph.reader import NotANetworkError, Reader, used_lines
-from fastnn.network_program import Value, write
+from fastnn.graph.stretches import buffers_of, compiled, tensors_of
+from fastnn.network_program import Line, Value, write
 
 
 @dataclass
@@ -35,11 +38,13 @@ class TrainingProgram:
     guard: Guard  # of layers that the graph calls and the program does not: their attributes that became numbers
     counters: list[tuple[Any, str]]  # where each batch norm's number of batches is found
     draws: bool  # a step takes numbers from torch's generator
+    prologue: PrologueCall | None  # what torch computes before; None where the program takes the inputs as they are
 
     def mapped(self, of: Callable[[Any], Any]) -> TrainingProgram:
         """The same for another model. `of` gives, for an object, the one in its place, or the object itself."""
         sources, counters = [[(of(own), name) for own, name in some] for some in (self.sources, self.counters)]
-        return replace(self, sources=sources, counters=counters, guard=self.guard.mapped(of))
+        prologue = None if self.prologue is None else self.prologue.mapped(of)
+        return replace(self, sources=sources, counters=counters, guard=self.guard.mapped(of), prologue=prologue)
 
     def describe(self) -> Iterator[str]:
         """The names of the layers, in their order."""
@@ -77,29 +82,21 @@ def _read_training_program(trace: Trace) -> TrainingProgram:
     drop_unused_parts(graph, trace.modules)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     inputs = placeholders[: len(trace.names)]
-    reader = Reader(trace.modules, Order(graph, trace.modules), inputs)
-    for node in placeholders[len(inputs) :]:  # `fastnn_tensor_3` is the fourth source
-        reader.tensors[node] = sources[int(str(node.target).rpartition("_")[2])]
-    (output,) = [node for node in graph.nodes if node.op == "output"]
-    log_softmax: int | None = None
-    if isinstance(output.args[0], Node):
-        log_softmax = dim_of_log_softmax(output.args[0], trace.modules)
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output") or node in reader.done:
-            continue
-        if node is output.args[0] and log_softmax is not None and len(node.users) == 1:
-            reader.note_log_softmax(node)
-            reader.values[node] = reader.value(node.args[0])
-            continue
-        reader.read(node)
+    order = Order(graph, trace.modules)
+    tensors = tensors_of(graph, sources, placeholders[len(inputs) :], trace.modules)
+    prologue = Prologue(graph, inputs, buffers_of(tensors), order, trace.modules)
+    reader = _read_nodes(graph, trace, inputs, tensors, order, prologue)
+    output = graph.output_node()
     results: list[Value] = []
 
     def number_of(leaf: Any) -> Any:
         if not isinstance(leaf, Node):
             raise NotANetworkError("the model returns something that is no tensor")
         value = reader.value(leaf)
-        if value in reader.given or value.tensor is not None:
+        if value in reader.given or value in reader.forms or value.tensor is not None:
             raise NotANetworkError("the model returns its input or a parameter")
+        if value in reader.booleans:
+            raise NotANetworkError("the model returns booleans")
         if value not in results:
             results.append(value)
         return results.index(value)
@@ -110,11 +107,105 @@ def _read_training_program(trace: Trace) -> TrainingProgram:
     lines = used_lines(reader.lines, results)
     if not lines:
         raise NotANetworkError("there is no layer in the model")
-    dtypes = ["int64" if value in reader.integers else "" for value in reader.given]
-    text, tensors = write([(value, "") for value in reader.given], lines, results, dtypes)
+    given, before = _given(reader, inputs, lines)
+    dtypes = ["int64" if value in reader.integers else "" for value in given]
+    text, weights = write([(value, "") for value in given], lines, results, dtypes)
     reader.guard.seal()
-    first = {id(own[name]): place for place, (own, name) in reversed(list(enumerate(reader.sources)))}
-    parameters = [first[id(tensor)] for tensor in tensors]
+    place_of = {id(own[name]): place for place, (own, name) in reversed(list(enumerate(reader.sources)))}
+    parameters = [place_of[id(tensor)] for tensor in weights]
+    log_softmax = _dim_of_log_softmax(output.args[0], trace)
     return TrainingProgram(
-        text, reader.sources, parameters, len(inputs), outputs, log_softmax, reader.guard, reader.counters, reader.draws
-    )
+        text, reader.sources, parameters, len(inputs), outputs, log_softmax, reader.guard, reader.counters,
+        reader.draws, None if before is None else _prologue_call(before, inputs, tensors),
+    )  # fmt: skip
+
+
+def _dim_of_log_softmax(output: Any, trace: Trace) -> int | None:
+    return dim_of_log_softmax(output, trace.modules) if isinstance(output, Node) else None
+
+
+def _read_nodes(
+    graph: Graph, trace: Trace, inputs: Sequence[Node], tensors: dict[Node, tuple[Any, Any]], order: Order,
+    prologue: Prologue,
+) -> Reader:  # fmt: skip
+    """Reads all nodes. Those that are no layers, and that torch can run before, become part of the prologue."""
+    output: Any = graph.output_node().args[0]
+    log_softmax = _dim_of_log_softmax(output, trace)
+    while True:
+        reader = Reader(trace.modules, order, inputs, prologue)
+        reader.tensors.update(tensors)
+        try:
+            for node in graph.nodes:
+                if node.op in ("placeholder", "output") or node in reader.done:
+                    continue
+                if node in prologue.before:
+                    reader.give(node)
+                elif node is output and log_softmax is not None and len(node.users) == 1:
+                    reader.note_log_softmax(node)
+                    reader.values[node] = reader.value(node.args[0])
+                else:
+                    reader.read(node)
+        except NotANetworkError:
+            if not prologue.add(node):
+                raise
+        else:
+            return reader
+
+
+def _given(
+    reader: Reader, inputs: Sequence[Node], lines: Sequence[Line]
+) -> tuple[list[Value], list[tuple[Node, str]] | None]:
+    """What a program is given: the inputs of the model, in their order, or else what the prologue gives: nodes, each
+    with a form."""
+    own = [reader.values[node] for node in inputs]
+    made = {value for line in lines for value in line.outputs}
+    taken = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
+    if not taken or set(taken) == set(own):
+        return own, None
+    node_of = {value: node for node, value in reversed(reader.values.items())}
+    forms = [reader.forms.get(value, (value, "")) for value in taken]
+    return taken, [(node_of[base], form) for base, form in forms]
+
+
+@dataclass
+class PrologueCall:
+    """The part of a model that torch runs before the network: ``function(None, *inputs, *buffers)`` gives what the
+    network takes, some of it in `forms`."""
+
+    function: Callable[..., Any]
+    sources: list[tuple[Any, Any]]  # of the buffers
+    forms: list[tuple[int, str]]
+
+    def run(self, inputs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """like: the network's parameters, whose dtype it takes."""
+        with torch.no_grad():
+            given = list(self.function(None, *inputs, *[own[name] for own, name in self.sources]))
+            in_forms(given, self.forms, like)
+        return given
+
+    def mapped(self, of: Callable[[Any], Any]) -> PrologueCall:
+        return replace(self, sources=[(of(own), name) for own, name in self.sources])
+
+
+def _prologue_call(
+    given: Sequence[tuple[Node, str]], inputs: Sequence[Node], tensors: dict[Node, tuple[Any, Any]]
+) -> PrologueCall:
+    reached: set[Node] = set()
+    nodes = [node for node, _ in given]
+    while nodes:
+        node = nodes.pop()
+        if node not in reached:
+            reached.add(node)
+            nodes += node.all_input_nodes
+    buffers = [node for node in tensors if node in reached]
+    graph = Graph()
+    copies = {node: graph.placeholder(f"fastnn_input_{place}") for place, node in enumerate([*inputs, *buffers])}
+
+    def copy(node: Node) -> Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy)
+        return copies[node]
+
+    graph.output(tuple([copy(node) for node, _ in given]))
+    forms = [(place, form) for place, (_, form) in enumerate(given) if form]
+    return PrologueCall(compiled(graph, "<before the network>"), [tensors[node] for node in buffers], forms)

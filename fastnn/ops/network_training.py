@@ -83,11 +83,17 @@ class TrainedNetwork:
             else:
                 again.update(_read_again(line, depends))
                 any_input = any(depends[one] for name, some in line.inputs.items() if name != "like" for one in some)
-                depends.update(dict.fromkeys(line.outputs, any_input and line.layer not in ("noise", "detach")))
+                depends.update(dict.fromkeys(line.outputs, any_input and not _ends_gradients(line)))
         places: tuple[list[int], list[int]] = ([], [])
         for place, name in enumerate(given):
             places[name not in again].append(place)
         return Needs(tuple(depends[name] for name in outputs), *places)
+
+
+def _ends_gradients(line: TextLine) -> bool:
+    """Whether the layer's outputs depend on its inputs in no way that has a derivative."""
+    is_comparison = line.layer == "binary" and line["function"] in ("lt", "le", "gt", "ge", "eq", "ne")
+    return is_comparison or line.layer in ("noise", "detach")
 
 
 # Layers that multiply two of their inputs: the gradient of each is made of the other.
@@ -99,7 +105,8 @@ _PRODUCTS = {
 _READ_AGAIN: dict[str, Sequence[str]] = {
     **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool"), ("input",)),
     **dict.fromkeys(("batch_norm", "layer_norm", "prelu"), ("input", "weight")),
-    "attention": ("query", "key", "value"),
+    "attention": ("query", "key", "value", "mask"),
+    "where": ("condition",),
     "rnn": ("input", "h", "c", "weights"),
 }
 

@@ -162,6 +162,11 @@ def _binary(line: TextLine, taken: Taken) -> list[Tensor]:
     return [parse_one(line["activation"])(getattr(torch, line["function"])(first, second))]
 
 
+def _where(line: TextLine, taken: Taken) -> list[Tensor]:
+    first, second = (_one(taken, name) if name in taken else line["number"] for name in ("input", "other"))
+    return [torch.where(_one(taken, "condition") != 0, first, second)]
+
+
 def _softmax(line: TextLine, taken: Taken) -> list[Tensor]:
     return [(F.log_softmax if line["logarithm"] else F.softmax)(_one(taken, "input"), line["dim"])]
 
@@ -183,6 +188,10 @@ def attention_layer(line: TextLine, taken: Taken, scales: Tensor | None = None) 
     if line["is_causal"]:
         scores = scores + torch.full_like(scores, -torch.inf).triu(1)
     weights = scores.softmax(-1)
+    if "mask" in taken:
+        scores = scores + _one(taken, "mask")
+        sees_none = scores.amax(-1, keepdim=True) == -torch.inf
+        weights = torch.where(sees_none, 0.0, scores.masked_fill(sees_none, 0.0).softmax(-1))
     return [(weights if scales is None else weights * scales) @ value]
 
 
@@ -337,6 +346,8 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "prelu": lambda line, taken: [F.prelu(_one(taken, "input"), _one(taken, "weight").flatten())],
     "unary": _unary,
     "binary": _binary,
+    "where": _where,
+    "cast": lambda line, taken: [_one(taken, "input") * 1.0],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
     "softmax": _softmax,

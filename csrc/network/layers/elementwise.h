@@ -1,4 +1,4 @@
-// activation, clamp, unary, prelu and binary: layers that compute element by element.
+// activation, clamp, unary, prelu, binary, where and cast: layers that compute element by element.
 #pragma once
 
 #include "../../ops/stock.h"
@@ -196,6 +196,72 @@ class BinaryLayer : public Layer<T> {
   Activation activation_;
 };
 
+// The elements of the input where the condition is not 0, and those of `other` elsewhere. A number stands for either.
+template <class T>
+class WhereLayer : public Layer<T> {
+ public:
+  WhereLayer(const ProgramLine& line, const Weights<T>&) : operands_(line) { this->inputs = operands_.values; }
+  FormatRule formats() const override { return FormatRule::alike; }
+  bool reads_parts() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    for (const ValueType& input : site.inputs) {
+      site.outputs[0].sizes = broadcast_sizes(site.outputs[0].sizes, input.sizes);
+    }
+  }
+  void run(const LayerCall<T>& call) const override {
+    const ValueType& output = call.site.outputs[0];
+    const size_t rank = output.sizes.size();
+    const T number = static_cast<T>(operands_.number);
+    std::array<const T*, 3> from;
+    std::array<Ints, 3> strides;
+    for (size_t i = 0, next = 0; i < 3; ++i) {
+      const bool is_number = i == operands_.of_number;
+      from[i] = is_number ? &number : call.input(next);
+      strides[i] = is_number ? Ints(rank, 0) : broadcast_strides(call.site.inputs[next], rank);
+      next += is_number ? 0 : 1;
+    }
+    choose_arrays(from, strides, call.output(0), output.strides(), output.sizes,
+                  memory_order(rank, output.channels_last()));
+  }
+
+  // What a line names: of condition, input and other, the values that it takes, and which of the three is a number.
+  struct Operands {
+    std::vector<int64_t> values;
+    size_t of_number = 3;
+    double number;
+
+    explicit Operands(const ProgramLine& line) : values{line.input("condition")}, number(line.real("number")) {
+      for (const char* const name : {"input", "other"}) {
+        if (line.has(name)) {
+          values.push_back(line.input(name));
+        } else if (of_number != 3) {
+          line.refuse("expected input=... or other=...");
+        } else {
+          of_number = values.size();
+        }
+      }
+    }
+  };
+
+ private:
+  Operands operands_;
+};
+
+// Booleans as numbers: 1 for true, 0 for false.
+template <class T>
+class CastLayer : public Layer<T> {
+ public:
+  CastLayer(const ProgramLine& line, const Weights<T>&) { this->inputs = {line.input("input")}; }
+  void set_sizes(Site<T>& site) const override {
+    FASTNN_CHECK(site.inputs[0].elements == ElementKind::booleans, "expected a cast's input to be bool");
+    site.outputs[0].sizes = site.sizes(0);
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto* const from = static_cast<const uint8_t*>(call.inputs[0]);
+    for (int64_t i = 0; i < call.site.outputs[0].count(); ++i) call.output(0)[i] = from[i] ? T(1) : T(0);
+  }
+};
+
 inline LayerEntry activation_entry() {
   return layer_entry<ActivationLayer>("activation", {"input"}, {{"activation", "activation", nullptr}});
 }
@@ -216,6 +282,12 @@ inline LayerEntry binary_entry() {
                                    {"input_activation", "activation", "identity"},
                                    {"other_activation", "activation", "identity"},
                                    {"activation", "activation", "identity"}});
+}
+inline LayerEntry cast_entry() {
+  return layer_entry<CastLayer>("cast", {"input"}, {});
+}
+inline LayerEntry where_entry() {
+  return layer_entry<WhereLayer>("where", {"condition", "input?", "other?"}, {{"number", "float", "0"}});
 }
 
 }  // namespace fastnn

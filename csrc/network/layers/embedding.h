@@ -23,7 +23,7 @@ class EmbeddingLayer : public Layer<T> {
     features_ = weight.sizes[1];
   }
   void set_sizes(Site<T>& site) const override {
-    FASTNN_CHECK(site.inputs[0].is_integer, "expected an embedding's input to be int64");
+    FASTNN_CHECK(site.inputs[0].elements == ElementKind::integers, "expected an embedding's input to be int64");
     site.outputs[0].sizes = column_ ? column_->rest(site.sizes(0)) : site.sizes(0);
     site.outputs[0].sizes.push_back(features_);
   }

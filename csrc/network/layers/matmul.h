@@ -34,14 +34,15 @@ class MatmulLayer : public Layer<T> {
 };
 
 // Query (..., queries, features), key (..., keys, features), value (..., keys, outputs) -> (..., queries, outputs), as
-// torch's scaled_dot_product_attention without a mask. Torch multiplies long sequences block by block, so that the
-// products of all queries and keys need no memory.
+// torch's scaled_dot_product_attention. A mask is added to the products of queries and keys. Torch multiplies long
+// sequences block by block, so that the products of all queries and keys need no memory.
 template <class T>
 class AttentionLayer : public Layer<T> {
  public:
   AttentionLayer(const ProgramLine& line, const Weights<T>&)
       : is_causal_(line.flag("is_causal")), scale_(scale_of(line)) {
     this->inputs = {line.input("query"), line.input("key"), line.input("value")};
+    if (line.has("mask")) this->inputs.push_back(line.input("mask"));
     if (line.real("dropout") != 0) line.refuse("a network that is not trained drops nothing");
   }
   // What the products of queries and keys are multiplied by; torch's 1 / sqrt(features) where nothing is given.
@@ -73,7 +74,8 @@ class AttentionLayer : public Layer<T> {
     };
     const ValueType& output = call.site.outputs[0];
     const Tensor found = stock("aten::scaled_dot_product_attention", "", tensor(0), tensor(1), tensor(2),
-                               OptionalTensor(), 0.0, is_causal_, scale_, false);
+                               call.site.inputs.size() > 3 ? OptionalTensor(tensor(3)) : OptionalTensor(), 0.0,
+                               is_causal_, scale_, false);
     stock("aten::copy_", "", tensor_over(call.output(0), output.sizes, output.strides()), found, false);
   }
 
@@ -83,7 +85,7 @@ class AttentionLayer : public Layer<T> {
 };
 
 inline LayerEntry attention_entry() {
-  return layer_entry<AttentionLayer>("attention", {"query", "key", "value"},
+  return layer_entry<AttentionLayer>("attention", {"query", "key", "value", "mask?"},
                                      {{"is_causal", "bool", "0"}, {"scale", "text", ""}, {"dropout", "float", "0"}});
 }
 inline LayerEntry matmul_entry() {

@@ -1,4 +1,4 @@
-// activation, clamp, unary, prelu, binary, dropout and noise in training: element by element.
+// activation, clamp, unary, prelu, binary, where, dropout and noise in training: element by element.
 #pragma once
 
 #include <numeric>
@@ -175,6 +175,7 @@ class BinaryTraining : public TrainingLayer<T> {
     output_ = outputs[0].borrow();
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (is_comparison(kind_)) return;  // its derivative is 0
     const Tensor& gradient = gradients[0];
     if (this->given.size() == 1) {
       if (wanted[0]) results[0].tensor = of_input_beside_number(gradient);
@@ -220,6 +221,33 @@ class BinaryTraining : public TrainingLayer<T> {
   T number_ = 0;
   bool reverses_;  // the second operand comes first
   Tensor output_;
+};
+
+// The gradient passes to the operand that was chosen; the other's is 0.
+template <class T>
+class WhereTraining : public TrainingLayer<T> {
+ public:
+  explicit WhereTraining(const ProgramLine& line) : operands_(line) { this->inputs = operands_.values; }
+  void forward(Tensor* outputs) override {
+    outputs[0] = chosen<T>(this->given[0], operand(1), operand(2), static_cast<T>(operands_.number));
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor &condition = this->given[0], none;
+    for (size_t i = 1; i < this->given.size(); ++i) {
+      if (!wanted[i]) continue;
+      const bool is_first = i == 1 && operands_.of_number != 1;
+      Tensor own = is_first ? chosen<T>(condition, gradients[0], none, 0) : chosen<T>(condition, none, gradients[0], 0);
+      results[i].tensor = reduced(std::move(own), sizes_of(this->given[i]));
+    }
+  }
+
+ private:
+  // Of condition, input and other, the operand with this number; undefined where it is the line's number.
+  Tensor operand(size_t which) const {
+    if (which == operands_.of_number) return {};
+    return this->given[which > operands_.of_number ? which - 1 : which].borrow();
+  }
+  typename WhereLayer<T>::Operands operands_;
 };
 
 // prelu: forward by torch, whose backward takes four times as long as this one.

@@ -118,6 +118,23 @@ inline bool same_strides(const Tensor& one, const Tensor& other) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
+// The strides of a tensor that is broadcast to `rank` dimensions: 0 along those in which it has one element.
+inline Ints strides_for(const Tensor& tensor, size_t rank) {
+  const Sizes own = tensor.strides(), sizes = tensor.sizes();
+  Ints strides(rank, 0);
+  const size_t ahead = rank - own.size();
+  for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = sizes[d] == 1 ? 0 : own[d];
+  return strides;
+}
+
+// The dimensions from the outermost in memory to the innermost.
+inline std::vector<size_t> order_of(const Ints& strides) {
+  std::vector<size_t> order(strides.size());
+  for (size_t d = 0; d < order.size(); ++d) order[d] = d;
+  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return strides[x] > strides[y]; });
+  return order;
+}
+
 // a op b, for any strides. The result has the strides of the first operand that has the result's sizes.
 template <class T>
 Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
@@ -136,19 +153,9 @@ Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
     });
     return result;
   }
-  const auto strides_of = [&](const Tensor& tensor) {
-    const Sizes own = tensor.strides(), own_sizes = tensor.sizes();
-    Ints strides(sizes.size(), 0);
-    const size_t ahead = sizes.size() - own.size();
-    for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = own_sizes[d] == 1 ? 0 : own[d];
-    return strides;
-  };
-  const Ints to_strides = strides_of(result);
-  std::vector<size_t> order(sizes.size());
-  for (size_t d = 0; d < order.size(); ++d) order[d] = d;
-  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return to_strides[x] > to_strides[y]; });
-  combine_arrays<T>(kind, {data<T>(a), strides_of(a)}, {data<T>(b), strides_of(b)}, kIdentity, to, to_strides, sizes,
-                    order);
+  const Ints to_strides = strides_for(result, sizes.size());
+  combine_arrays<T>(kind, {data<T>(a), strides_for(a, sizes.size())}, {data<T>(b), strides_for(b, sizes.size())},
+                    kIdentity, to, to_strides, sizes, order_of(to_strides));
   return result;
 }
 
@@ -159,6 +166,29 @@ Tensor combined(BinaryKind kind, const Tensor& a, T number, bool reverses) {
   const Tensor alike = same_strides(a, result) ? a.borrow() : dense(a);
   if (!same_strides(alike, result)) result = new_tensor(sizes_of(a), kDtypeOf<T>);
   combine_with_number(kind, data<T>(alike), number, reverses, result.numel(), mutable_data<T>(result));
+  return result;
+}
+
+// condition is not 0 ? a : b, for any strides. An undefined operand stands for the number. The result has the strides
+// of the first of a and b that has the result's sizes.
+template <class T>
+Tensor chosen(const Tensor& condition, const Tensor& a, const Tensor& b, T number) {
+  const Tensor* const operands[3] = {&condition, &a, &b};
+  Ints sizes;
+  for (const Tensor* operand : operands) {
+    if (operand->defined()) sizes = broadcast_sizes(sizes, sizes_of(*operand));
+  }
+  const auto has_all = [&](const Tensor& tensor) { return tensor.defined() && sizes_of(tensor) == sizes; };
+  Tensor result = has_all(a) ? new_like<T>(a) : has_all(b) ? new_like<T>(b) : new_tensor(sizes, kDtypeOf<T>);
+  std::array<const T*, 3> from;
+  std::array<Ints, 3> strides;
+  for (size_t i = 0; i < 3; ++i) {
+    const bool is_number = !operands[i]->defined();
+    from[i] = is_number ? &number : data<T>(*operands[i]);
+    strides[i] = is_number ? Ints(sizes.size(), 0) : strides_for(*operands[i], sizes.size());
+  }
+  const Ints to_strides = strides_for(result, sizes.size());
+  choose_arrays(from, strides, mutable_data<T>(result), to_strides, sizes, order_of(to_strides));
   return result;
 }
 

@@ -27,6 +27,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"unary", make_training<FunctionTraining, T>},
       {"prelu", make_training<PreluTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
+      {"where", make_training<WhereTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
       {"softmax", make_training<SoftmaxTraining, T>},

@@ -524,25 +524,30 @@ class AttentionTraining : public TrainingLayer<T> {
         given_scale_(AttentionLayer<T>::scale_of(line)),
         drops_(probability(line, "dropout")) {
     this->inputs = {line.input("query"), line.input("key"), line.input("value")};
+    this->take(line, {"mask"});
   }
   void forward(Tensor* outputs) override {
     const Tensor &query = this->given[0], &key = this->given[1], &value = this->given[2];
     const Ints sizes = sizes_of(query);
     AttentionLayer<T>::sizes_of_output(sizes, sizes_of(key), sizes_of(value));
     by_blocks_ = drops_ == 0 && sizes.size() == 4 && value.size(3) == sizes[3];
-    for (const Tensor& tensor : this->given) by_blocks_ &= tensor.numel() > 0 && tensor.strides().back() == 1;
+    if (has_mask()) by_blocks_ &= mask().dim() == 2 || mask().dim() == 4;
+    for (size_t i = 0; i < 3; ++i) by_blocks_ &= this->given[i].numel() > 0 && this->given[i].strides().back() == 1;
     if (by_blocks_) {
       auto [output, logarithm] = stock_results<2>("aten::_scaled_dot_product_flash_attention_for_cpu", "", query, key,
-                                                  value, 0.0, is_causal_, OptionalTensor(), given_scale_);
+                                                  value, 0.0, is_causal_, optional_mask(), given_scale_);
       output_ = std::move(output);
       weights_ = std::move(logarithm);
       outputs[0] = output_.borrow();
       return;
     }
     scale_ = static_cast<T>(given_scale_ ? *given_scale_ : 1 / std::sqrt(static_cast<double>(sizes.back())));
-    const Tensor scores = combined<T>(BinaryKind::mul, stock("aten::matmul", "", query, turned(key)), scale_, false);
+    Tensor scores = combined<T>(BinaryKind::mul, stock("aten::matmul", "", query, turned(key)), scale_, false);
     if (is_causal_) hide_later_keys(scores);
-    weights_ = stock("aten::_softmax", "", scores, int64_t{-1}, false);
+    if (has_mask()) scores = combined<T>(BinaryKind::add, scores, mask());
+    // As torch has it, a query that sees no key gives 0.
+    weights_ = has_mask() ? stock("aten::_safe_softmax", "", scores, int64_t{-1}, std::optional<ScalarType>())
+                          : stock("aten::_softmax", "", scores, int64_t{-1}, false);
     if (drops_ != 0) {
       scales_ = new_like<T>(weights_);
       draw_scales<T>(drops_, scales_);
@@ -555,7 +560,7 @@ class AttentionTraining : public TrainingLayer<T> {
     if (by_blocks_) {
       std::array<Tensor, 3> all =
           stock_results<3>("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", gradient, query, key,
-                           value, output_, weights_, 0.0, is_causal_, OptionalTensor(), given_scale_);
+                           value, output_, weights_, 0.0, is_causal_, optional_mask(), given_scale_);
       for (size_t i = 0; i < 3; ++i) {
         if (wanted[i]) results[i] = {std::move(all[i]), nullptr, true};
       }
@@ -576,6 +581,9 @@ class AttentionTraining : public TrainingLayer<T> {
   void forget() override { release(); }
 
  private:
+  bool has_mask() const { return this->given.size() > 3; }
+  const Tensor& mask() const { return this->given[3]; }
+  OptionalTensor optional_mask() const { return has_mask() ? OptionalTensor(mask()) : OptionalTensor(); }
   const Tensor& dropped() const { return drops_ != 0 ? dropped_ : weights_; }
   // A query sees the keys up to its own place.
   static void hide_later_keys(const Tensor& scores) {
