@@ -182,7 +182,7 @@ class TrainingStep:
         reading, binding = bound
         if reading.network.prologue is not None:
             try:
-                inputs = reading.network.prologue.run(inputs, binding.parameters)
+                inputs = reading.network.prologue.run(inputs, binding.parameters[0].dtype)
             except Exception as error:  # of any class: the model itself then raises its own
                 self._last_why = str(error).partition("\n")[0]
                 return self._ordinary(input, target)

@@ -682,7 +682,9 @@ def _renamed(word: str, values: dict[str, str]) -> str:
 
 
 def _has_no_gradient(line: str) -> bool:
-    if "function=maximum" in line or "function=minimum" in line or " trains=0" in line:
+    if ("function=maximum" in line or "function=minimum" in line) and " other=" not in line:
+        return True
+    if " trains=0" in line:
         return True
     if line.startswith("pad ") and "=-" in line.replace(",-", "=-"):
         return True

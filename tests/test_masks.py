@@ -215,6 +215,25 @@ def _by_method(self: Any, layers: Any, x: Tensor) -> Tensor:
     return last(h.where(self.hidden.logical_not(), -h))
 
 
+def _last_steps(self: Any, layers: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    rnn, last = layers
+    y, _ = rnn(x)
+    return last(y[torch.arange(y.size(0)), lengths - 1])
+
+
+def _picked_steps(self: Any, layers: Any, x: Tensor, places: Tensor) -> Tensor:
+    first, last = layers
+    y = torch.tanh(first(x))
+    return last(y[places % 4, places - 2])  # some are taken several times, and some are counted from the end
+
+
+def _functions(self: Any, layers: Any, x: Tensor) -> Tensor:
+    first, last = layers
+    h = first(x)
+    h = torch.maximum(h, x) + torch.minimum(h, 0.5 * x[:1]) + h.maximum(x.flip(1))
+    return last(F.threshold(h, 0.1, -0.2) + F.hardshrink(h, 0.3) + F.celu(h, 0.7))
+
+
 TOKENS = torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 TOKENS[:2, 6:] = 0
 ATTENTION = (
@@ -352,11 +371,63 @@ def test_a_mask_of_numbers_raises_as_stock_does(dtype: torch.dtype) -> None:
     assert_close(fused(x, mask > 0), model(x, mask > 0))
 
 
+@pytest.mark.parametrize("bad", [[6, 0, 1, 2], [0, -7, 1, 2]])
+def test_an_index_beyond_the_steps_raises_as_stock_does(bad: list[int]) -> None:
+    model = FunctionOfTwo(lambda self, layers, x, at: layers[1](layers[0](x)[torch.arange(x.size(0)), at]), *_two())
+    fused = fastnn.fuse(copy.deepcopy(model))
+    trained = copy.deepcopy(model)
+    step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.1))
+    x, places = torch.randn(4, 6, 5), torch.tensor(bad)
+    for call in (lambda: model(x, places), lambda: fused(x, places), lambda: step((x, places), torch.randn(4, 3))):
+        with pytest.raises(IndexError, match="is out of bounds for dimension"):
+            call()
+    assert_close(fused(x, torch.tensor([2])), model(x, torch.tensor([2])))  # one place for all rows
+    assert_close(fused(x, places % 5), model(x, places % 5))
+
+
+def test_operands_that_are_equal_share_the_gradient() -> None:
+    model = Function(lambda self, layers, x: layers[1](torch.maximum(layers[0](x), layers[0](x).detach())), *_two())
+    fused = fastnn.fuse(copy.deepcopy(model))
+    x, target = torch.randn(4, 5), torch.randn(4, 3)
+    assert_close(gradients(fused, (x,), target), gradients(model, (x,), target))
+
+
 def _two() -> tuple[nn.Module, nn.Module]:
     return nn.Linear(5, 5), nn.Linear(5, 3)
 
 
+def _hidden(layers: Any, x: Tensor) -> Tensor:
+    return layers[0](x)
+
+
 OTHERS: dict[str, Callable[..., Any]] = {
+    "a sum of masks": lambda self, layers, x: layers[1](layers[0](x) * ((_hidden(layers, x) > -1) + (x > 0))),
+    "a product of masks": lambda self, layers, x: layers[1](layers[0](x) * ~((layers[0](x) > -1) * (layers[0](x) < 1))),
+    "one less a mask": lambda self, layers, x: layers[1](layers[0](x) * (1 - (layers[0](x) > 0))),
+    "a mask with its sign turned": lambda self, layers, x: layers[1](layers[0](x) * -(layers[0](x) > 0)),
+    "a mask that is filled": lambda self, layers, x: layers[1](
+        layers[0](x) * (layers[0](x) > 0).masked_fill(layers[0](x) > 1, 0.5)
+    ),
+    "masks side by side": lambda self, layers, x: layers[1](
+        layers[0](x) * ~torch.cat([layers[0](x) > 0, layers[0](x) > 1], 1)[:, 2:7]
+    ),
+    "rows that a mask chooses": lambda self, layers, x: layers[1](layers[0](x)[(layers[0](x) > 0)[:, 0]]),
+    "a count that is returned": lambda self, layers, x: (layers[1](layers[0](x)), (layers[0](x) > 0).sum()),
+    "a mask times a number": lambda self, layers, x: (layers[1](layers[0](x)), (layers[0](x) > 0) * 2),
+    "a choice between masks": lambda self, layers, x: (
+        layers[1](layers[0](x)), torch.where(layers[0](x) > 0, layers[0](x) > 1, layers[0](x) < 2)
+    ),
+    "a mean of a mask": lambda self, layers, x: layers[1](layers[0](x)) * (layers[0](x) > 0).mean(),
+    "a layer of a mask": lambda self, layers, x: layers[1](layers[0](x) > 0),
+    "a conversion to integers": lambda self, layers, x: layers[1](layers[0](x).type_as(self.offsets)),
+    "a conversion to another's dtype": lambda self, layers, x: layers[1](layers[0](x).to(self.offsets.dtype).float()),
+    "integers that wrap": lambda self, layers, x: layers[1](layers[0](x) * (x * 50).to(torch.uint8).neg()),
+    "whole numbers beyond float32": lambda self, layers, x: layers[1](
+        layers[0](x) * (x.long() + 16777217 - 16777216 * (x < 9))
+    ),
+    "booleans that are converted, and a layer's own dtype": lambda self, layers, x: (
+        (layers[0](x) > 0).double(), layers[1](layers[0](x))
+    ),
     "a number that float32 does not have": lambda self, layers, x: layers[1](layers[0](x).clamp(0).where(x > 0, 1e300)),
     "a tensor to fill with": lambda self, layers, x: layers[1](layers[0](x).masked_fill(x > 0, torch.tensor(2.0))),
     "two numbers": lambda self, layers, x: layers[1](layers[0](x) * torch.where(layers[0](x) > 0, 1.0, 0.5)),
@@ -383,10 +454,111 @@ def test_what_no_network_has_stays_right(name: str) -> None:
             try:
                 wanted = model(x)
             except RuntimeError as error:
-                with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                with pytest.raises(RuntimeError, match=re.escape(str(error).partition("\n")[0])):
                     fused(x)
                 continue
             assert_close(fused(x), wanted)
+
+
+class NormThenMask(nn.Module):
+    """A mask that depends on what the norm before it has just written."""
+
+    def __init__(self, read: Callable[[nn.BatchNorm1d], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.last, self.read = nn.BatchNorm1d(5), nn.Linear(5, 3), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.last(h.masked_fill(self.read(self.norm), 0.0))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda norm: norm.running_mean > 0, lambda norm: norm.num_batches_tracked % 2 == 0],
+    ids=["a mean", "a counter"],
+)
+def test_a_mask_sees_what_a_norm_has_written(read: Callable[[nn.BatchNorm1d], Tensor]) -> None:
+    torch.manual_seed(0)
+    check(NormThenMask(read), (torch.randn(6, 5),))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.binomial(torch.ones_like(x) * 9, torch.ones_like(x) / 2) > 4,
+        lambda x: torch.rand_like(x) > 0.5,
+        lambda x: torch.bernoulli(x * 0 + 0.5),
+    ],
+)
+def test_numbers_are_drawn_in_turn(draw: Callable[[Tensor], Tensor]) -> None:
+    model = Function(
+        lambda self, layers, x: layers[1](F.dropout(layers[0](x), 0.5, self.training) * draw(x)), *_two()
+    )
+    torch.manual_seed(0)
+    fused, trained, (x, target) = copy.deepcopy(model), copy.deepcopy(model), (torch.randn(4, 5), torch.randn(4, 3))
+    step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.1))
+    fastnn.fuse(fused)
+    states = []
+    for call in (model, fused):
+        torch.manual_seed(1)
+        states.append((call(x), torch.get_rng_state()))
+    assert_close(states[1], states[0])
+    torch.manual_seed(1)
+    assert_close(step((x), target), F.mse_loss(states[0][0], target).detach())
+    assert torch.equal(torch.get_rng_state(), states[0][1])
+
+
+def test_a_refusal_draws_no_numbers() -> None:
+    """A mask (batch * heads, queries, keys) is none that a network takes."""
+    model = Attends(
+        nn.MultiheadAttention(WIDTH, 4, 0.3, batch_first=True),
+        lambda a, x, y, h, o: a(*[F.dropout(x, 0.5)] * 3, attn_mask=h, need_weights=False)[0],
+    )
+    fused, x = fastnn.fuse(copy.deepcopy(model)), torch.randn(3, 7, WIDTH)
+    mask = torch.rand(12, 7, 7) > 0.7
+    for _ in range(5):
+        results = []
+        for call in (model, fused):
+            torch.manual_seed(1)
+            results.append((call(x, x, mask, mask), torch.rand(1)))
+        assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("sizes", [(1, 7), (7,), (1, 1, 7, 7), (1, 7, 7), (4, 7, 7), (3, 8)])
+def test_masks_of_other_sizes_raise_as_stock_does(sizes: tuple[int, ...]) -> None:
+    model = Attends(*(ATTENTIONS["later steps"][0](), lambda a, x, y, h, o: a(x, x, x, o, False, h)[0]))
+    fused, x = fastnn.fuse(copy.deepcopy(model)), torch.randn(3, 7, WIDTH)
+    right, no_padding = torch.zeros(7, 7, dtype=torch.bool), torch.zeros(3, 7, dtype=torch.bool)
+    assert_close(fused.eval()(x, x, right, no_padding), model.eval()(x, x, right, no_padding))
+    for own in (model.train(), fused.train()):
+        with pytest.raises((RuntimeError, AssertionError)):
+            own(x, x, torch.zeros(sizes, dtype=torch.bool), no_padding)
+        with pytest.raises((RuntimeError, AssertionError)):
+            own(x, x, right, torch.zeros(1, 7, dtype=torch.bool))
+
+
+def test_a_mask_that_requires_a_gradient_gets_it() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 24), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = (one.unflatten(-1, (2, 4)).transpose(1, 2) for one in self.first(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.last(y.transpose(1, 2).flatten(2))
+
+    model = Masked()
+    fused, x = fastnn.fuse(copy.deepcopy(model)), torch.randn(3, 6, 8)
+    for _ in range(3):
+        found = []
+        bias = torch.randn(6, 6, requires_grad=True)
+        for own in (model, fused):
+            bias.grad = None
+            own(x, bias * 2).square().sum().backward()
+            found.append(bias.grad)
+        assert_close(found[1], found[0])
+    assert_close(fused(x, bias.detach()), model(x, bias.detach()))
 
 
 def test_a_learned_bias_of_attention_gets_its_gradient() -> None:
@@ -466,7 +638,7 @@ ATTENTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
         _multihead(),
         lambda a, x, y, h, o: a(x, x, x, h, need_weights=False, attn_mask=_later(x.size(1)), is_causal=True)[0],
     ),
-    "both, of two kinds": (_multihead(), lambda a, x, y, h, o: a(x, x, x, h, True, square_mask(x.size(1)))[0]),
+    "both, of two kinds": (_multihead(), lambda a, x, y, h, o: a(x, x, x, h, False, square_mask(x.size(1)))[0]),
     "encoder": (_encoder(), lambda a, x, y, h, o: a(x, src_key_padding_mask=h)),
     "encoder, norm first": (
         _encoder(norm_first=True, activation="gelu"),

@@ -143,6 +143,8 @@ class Layer {
   // If an output is a part of the first input and has the input's strides, returns how many elements of the input lie
   // before the output. Otherwise returns -1.
   virtual int64_t offset_in_input(const Site<T>&, size_t) const { return -1; }
+  // Whether the layer checks by itself what its inputs hold. All others take numbers of the network's dtype.
+  virtual bool takes_other_elements() const { return false; }
   // Whether the layer reads its inputs by their strides, so that they may be parts of other values.
   virtual bool reads_parts() const { return false; }
   // Whether the output is the inputs' channels one behind the other, channels last.

@@ -35,6 +35,7 @@ const std::vector<LayerEntry>& layer_entries() {
         matmul_entry(),
         attention_entry(),
         embedding_entry(),
+        pick_entry(),
         activation_entry(),
         clamp_entry(),
         unary_entry(),

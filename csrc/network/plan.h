@@ -68,7 +68,7 @@ class Plan {
       try {
         for (size_t i = 0; i < read; ++i) {
           FASTNN_CHECK(
-              site.inputs[i].elements == ElementKind::numbers || step.name == "embedding" || step.name == "cast",
+              site.inputs[i].elements == ElementKind::numbers || step.layer->takes_other_elements(),
               "expected a floating-point input");
         }
         step.layer->set_sizes(site);

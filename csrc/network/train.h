@@ -167,8 +167,8 @@ class TrainingPass {
       bool is_integer = false;
       for (const Input& input : inputs_)
         is_integer = is_integer || (input.is_integer && input.value == layer.inputs[i]);
-      if (is_integer != (i == 0 && layer.takes_numbers())) {
-        line.refuse(is_integer ? "it takes no int64" : "its first input should be of int64");
+      if (is_integer != (i < layer.integers())) {
+        line.refuse(is_integer ? "it takes no int64" : "its first inputs should be of int64");
       }
     }
   }

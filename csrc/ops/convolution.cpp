@@ -89,8 +89,30 @@ Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const 
   return result;
 }
 
-// The gradients that our kernels give; the others are empty. Torch's are as fast for those, or elements are not finite
-// or so large that the transforms of Winograd could overflow.
+// The wanted gradients by the algorithm of the plan for them. Nothing where that is torch's, or where elements are not
+// finite or so large that the transforms of Winograd could overflow.
+template <class T>
+std::optional<ConvGradients> gradients_by_plan(const ConvPoolProblem& problem, ConvBackward<T> call,
+                                               const Tensor& input, const Tensor& weight, const Wanted& wanted) {
+  const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
+  const ConvBackwardPlan& plan = backward_plan<T>(problem, input, wanted);
+  call.plan = &plan;
+  const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
+  const bool multiplies_by_zeros = plan.algorithm == BackwardAlgorithm::taps;
+  if (plan.algorithm == BackwardAlgorithm::stock || (multiplies_by_zeros && !wanted.weight)) return std::nullopt;
+  if ((by_winograd || multiplies_by_zeros) && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) {
+    return std::nullopt;
+  }
+  ConvGradients made = empty_gradients(input, weight, wanted);
+  if (by_winograd) {
+    gradients_by_winograd(kernels, call, problem.work, wanted, made);
+  } else {
+    run_backward(kernels, call, problem.work, wanted, made.input, made.weight, made.bias);
+  }
+  return made;
+}
+
+// The gradients that our kernels give; the others are empty: torch's are as fast for those.
 template <class T>
 ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradient, const Tensor& input,
                             const Tensor& weight, const Wanted& wanted) {
@@ -100,29 +122,8 @@ ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradie
   const PlainImages images(input), taps(weight), dense(gradient);
   ConvBackward<T> call = backward_call<T>(g, dense.tensor, images, taps);
   call.output_layout = dense.layout;
-  // By the algorithm of the plan for these gradients, unless that is torch's.
-  const auto give = [&](const Wanted& some, ConvGradients& gradients) {
-    const ConvBackwardPlan& plan = backward_plan<T>(problem, input, some);
-    call.plan = &plan;
-    const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
-    const bool multiplies_by_zeros = plan.algorithm == BackwardAlgorithm::taps;
-    if (plan.algorithm == BackwardAlgorithm::stock || (multiplies_by_zeros && !some.weight)) return false;
-    if ((by_winograd || multiplies_by_zeros) && (!kernels.is_moderate(call) || !kernels.gradient_is_moderate(call))) {
-      return false;
-    }
-    ConvGradients made = empty_gradients(input, weight, some);
-    if (by_winograd) {
-      gradients_by_winograd(kernels, call, problem.work, some, made);
-    } else {
-      run_backward(kernels, call, problem.work, some, made.input, made.weight, made.bias);
-    }
-    if (some.input) gradients.input = std::move(made.input);
-    if (some.weight) gradients.weight = std::move(made.weight);
-    if (some.bias) gradients.bias = std::move(made.bias);
-    return true;
-  };
+  if (auto all = gradients_by_plan<T>(problem, call, input, weight, wanted)) return std::move(*all);
   ConvGradients gradients;
-  if (give(wanted, gradients)) return gradients;
   const bool last = is_channels_last(input);
   // (The zeros around the gradient are multiplied: an infinite weight would make NaN of them.)
   if (wanted.input && choose_for_input_gradient<T>(g, dense.channels_last, last) != ForwardAlgorithm::stock &&
@@ -130,7 +131,12 @@ ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradie
     gradients.input = new_formatted(sizes_of(input), kDtypeOf<T>, last);
     input_gradient_by_forward(kernels, call, problem.dims, gradients.input);
   }
-  if (wanted.input && wanted.weight) give({false, true, wanted.bias}, gradients);
+  if (wanted.input && wanted.weight) {
+    if (auto others = gradients_by_plan<T>(problem, call, input, weight, {false, true, wanted.bias})) {
+      gradients.weight = std::move(others->weight);
+      gradients.bias = std::move(others->bias);
+    }
+  }
   // torch adds up the bias's gradient less exactly where the input's is not wanted (on ARM).
   if constexpr (sizeof(T) > 2) {
     if (wanted.bias && gradients.input.defined() && !gradients.bias.defined()) {

@@ -52,7 +52,8 @@ class Reader:
         self.nodes = list(graph.nodes)
         self.constants, self.outside = constants, outside
         self.booleans: set[Value] = set()
-        self._gives_booleans = False  # whether the node that is being read does
+        # Whether the node that is being read gives booleans, and whether it only moves them.
+        self._gives_booleans = self._moves_booleans = False
         self.values: dict[Node, Value] = {}
         self.taken: set[Value] = set()  # the values that are some node's result
         self.parts: dict[Node, list[Value]] = {}  # the results of a node that has several
@@ -73,6 +74,7 @@ class Reader:
             raise NotALayerError("has no counterpart in a frozen model")
         result = node.meta.get("val")
         self._gives_booleans = isinstance(result, Tensor) and result.dtype == torch.bool
+        self._moves_booleans = self._gives_booleans and node.target in _MOVES
         is_refused = node in self.outside or not all(_takes_booleans(user, node) for user in node.users)
         if isinstance(result, Tensor) and result.dtype != self.dtype and (is_refused or not self._gives_booleans):
             raise NotALayerError(f"gives {result.dtype}")
@@ -165,7 +167,7 @@ class Reader:
 
     def data(self, node: Any) -> Value:
         """The value that is the node's result, which must not be a weight."""
-        if self._gives_booleans and node.meta["val"].dtype == torch.bool:
+        if self._moves_booleans and node.meta["val"].dtype == torch.bool:
             return self.condition(node)
         value = self.value(node)
         if value.tensor is not None:
@@ -179,7 +181,10 @@ class Reader:
         if not isinstance(node, Node) or node.meta["val"].dtype != torch.bool:
             raise NotALayerError("takes a mask that is not of booleans")
         value = self.value(node)
-        return value if value in self.booleans else self.add("cast", {"input": [value]}, value.sizes)
+        if value not in self.booleans:
+            value = self.add("cast", {"input": [value]}, value.sizes)
+            self.booleans.add(value)
+        return value
 
     def weight(self, node: Any) -> list[Value]:
         """A weight, or nothing where there is none."""
@@ -652,47 +657,22 @@ def _attention(
     read.finish(node, read.add("attention", given, _sizes(node), is_causal=is_causal, scale=text))
 
 
-_COMPARISONS = {
-    getattr(getattr(_aten, name), kind): name
-    for name in ("lt", "le", "gt", "ge", "eq", "ne")
-    for kind in ("Scalar", "Tensor")
-}
-
-
-@_row(*_COMPARISONS)
-def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
-    given: dict[str, list[Value]] = {}
-    for name, one in (("input", x), ("other", y)):
-        if isinstance(one, Node):
-            given[name] = [read.value(one)]
-            if one.meta["val"].dtype != read.dtype:
-                raise NotALayerError(f"takes {one.meta['val'].dtype}")
-    numbers = {} if "other" in given else {"number": float(y)}
-    read.finish(node, read.add("binary", given, _sizes(node), function=_COMPARISONS[node.target], **numbers))
-
-
-@_row(_aten.logical_not.default, _aten.bitwise_not.default)
-def _not(read: Reader, node: Node, x: Any) -> None:
-    read.finish(node, read.binary("sub", read.condition(x), 1.0, reverses=True))
-
-
-@_row(_aten.logical_and.default, _aten.bitwise_and.Tensor)
-def _and(read: Reader, node: Node, x: Any, y: Any) -> None:
-    given = {"input": [read.condition(x)], "other": [read.condition(y)]}
-    read.finish(node, read.add("binary", given, _sizes(node), function="mul"))
-
-
 # Where a layer takes a mask; and operators that move booleans, or make booleans of them.
 _MASKS = {
     **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf), 0),
     _aten.masked_fill.Scalar: 1,
     _aten.scaled_dot_product_attention.default: 3,
 }
-_OF_BOOLEANS = frozenset(
+_MOVES = frozenset(
     {
-        *(_aten.logical_not.default, _aten.bitwise_not.default, _aten.logical_and.default, _aten.bitwise_and.Tensor),
         *(_aten.slice.Tensor, _aten.unsqueeze.default, _aten.expand.default, _aten.select.int, _aten.view.default),
         *(_aten.permute.default, _aten.transpose.int, _aten.squeeze.dim),
+    }
+)
+_OF_BOOLEANS = _MOVES | frozenset(
+    {
+        *(_aten.logical_not.default, _aten.bitwise_not.default, _aten.logical_and.default, _aten.bitwise_and.Tensor),
+        *(_aten.logical_or.default, _aten.bitwise_or.Tensor),
     }
 )
 
@@ -703,26 +683,6 @@ def _takes_booleans(user: Node, mask: Node) -> bool:
     if place is None:
         return target in _OF_BOOLEANS
     return [i for i, one in enumerate(user.args) if one is mask] == [place] or user.kwargs.get("attn_mask") is mask
-
-
-@_row(_aten.masked_fill.Scalar)
-def _masked_fill(read: Reader, node: Node, x: Any, mask: Any, number: Any) -> None:
-    _choose(read, node, mask, number, x)
-
-
-@_row(_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf)
-def _choose(read: Reader, node: Node, mask: Any, chosen: Any, other: Any) -> None:
-    given, numbers = {"condition": [read.condition(mask)]}, {}
-    for name, one in (("input", chosen), ("other", other)):
-        if isinstance(one, Node):
-            given[name] = [read.value(one)]
-            if one.meta["val"].dtype != read.dtype:
-                raise NotALayerError(f"takes {one.meta['val'].dtype}")
-        else:
-            numbers["number"] = float(one)
-    if len(given) == 1 or any(isfinite(one) and abs(one) > torch.finfo(read.dtype).max for one in numbers.values()):
-        raise NotALayerError("chooses between numbers alone, or takes one that its dtype does not have")
-    read.finish(node, read.add("where", given, _sizes(node), **numbers))
 
 
 @_row(_aten.prelu.default)
@@ -770,6 +730,18 @@ class _AsFused:
     def __init__(self, read: Reader) -> None:
         self._read, self.lines, self.values = read, read.lines, dict[Node, Value]()
 
+    @property
+    def booleans(self) -> set[Value]:
+        return self._read.booleans
+
+    def condition(self, node: Any) -> Value:
+        return self._read.condition(node)
+
+    def is_boolean(self, node: Any) -> bool:
+        return bool(node.meta["val"].dtype == torch.bool)
+
+    boolean = condition  # which raises for a node of anything else
+
     def data(self, node: Any) -> Value:
         value = self._read.value(node)
         if node.meta["val"].dtype != self._read.dtype:
@@ -782,7 +754,10 @@ class _AsFused:
     def dtype(self) -> torch.dtype:
         return self._read.dtype
 
-    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
+    def add(
+        self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, *, takes_booleans: bool = False,
+        **attributes: Any,
+    ) -> Value:  # fmt: skip
         sizes: Sequence[Any] = ()
         if layer == "check_sizes":
             sizes = inputs["input"][0].sizes
@@ -807,6 +782,16 @@ class _AsFused:
 
 
 _FUSED_ROWS: dict[Any, Any] = {
+    **{
+        getattr(getattr(_aten, name), kind): getattr(torch, name)
+        for name in ("lt", "le", "gt", "ge", "eq", "ne")
+        for kind in ("Scalar", "Tensor")
+    },
+    **dict.fromkeys((_aten.logical_not.default, _aten.bitwise_not.default), torch.logical_not),
+    **dict.fromkeys((_aten.logical_and.default, _aten.bitwise_and.Tensor), torch.logical_and),
+    **dict.fromkeys((_aten.logical_or.default, _aten.bitwise_or.Tensor), torch.logical_or),
+    **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf), torch.where),
+    _aten.masked_fill.Scalar: torch.masked_fill,
     _aten.neg.default: torch.neg,
     _aten.square.default: torch.square,
     _aten.pow.Tensor_Scalar: torch.pow,

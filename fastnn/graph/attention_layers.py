@@ -31,7 +31,7 @@ def _attention(
     if enable_gqa or isinstance(scale, Node) or (is_causal and attn_mask is not None):
         raise NotANetworkError("an attention has groups of queries, a scale that is computed, or two masks")
     inputs = {"query": [read.data(query)], "key": [read.data(key)], "value": [read.data(value)]}
-    inputs["mask"] = attention_mask(read, attn_mask, shown=True)
+    inputs["mask"] = attention_mask(read, attn_mask, "shown")
     _add_attention(read, node, inputs, is_causal, dropout_p, "" if scale is None else repr(float(scale)))
 
 
@@ -43,28 +43,48 @@ def _add_attention(
     return read.add(node, "attention", inputs, is_causal=bool(is_causal), dropout=float(drops), scale=scale)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Masks:
-    """What hides keys from queries: `is_causal` the later ones; `addends`, which are none or one value, as an attention
-    adds it to its scores."""
+    """What hides keys from queries: `is_causal` the later ones; `mask` (queries, keys) and `padding` (batch, keys), of
+    which each is none or one value, as an attention adds it to its scores."""
 
     is_causal: bool
-    addends: list[Value]
+    mask: Sequence[Value] = ()
+    padding: Sequence[Value] = ()
+    _sum: list[Value] | None = None  # which the further layers of a transformer take, too
+
+    def added(self, read: Reader, query: Value, key: Value) -> list[Value]:
+        """The sum of both, for queries and keys (steps, batch, features). Masks of other sizes are refused."""
+        if self._sum is not None:
+            return self._sum
+        masks = [_sized(read, one, ["0.0", "1.0"], [query, key]) for one in self.mask]
+        for one in self.padding:  # (batch, keys) -> (batch, 1, 1, keys)
+            padding = _sized(read, one, ["0.1", "0.0"], [key])
+            for _ in range(2):
+                padding = read.add(None, "unsqueeze", {"input": [padding]}, dim=1)
+            if masks:
+                padding = read.add(None, "binary", {"input": [padding], "other": masks}, function="add")
+            masks = [padding]
+        self._sum = masks
+        return masks
 
 
-def _masks(read: Reader, mask: Any, padding: Any, is_causal: Any, needs_weights: bool = False) -> _Masks:
+def _sized(read: Reader, value: Value, sizes: Sequence[str], like: Sequence[Value]) -> Value:
+    return read.add(None, "check_sizes", {"input": [value], "like": list(like)}, sizes=list(sizes))
+
+
+def _masks(read: Reader, mask: Any, padding: Any, is_causal: Any, *, runs: bool, needs_weights: bool = False) -> _Masks:
     """mask, padding: as torch's modules take them, with True for what is hidden. torch wants a mask beside the hint
-    that it hides the later keys, and goes by the hint where nothing else needs the mask."""
+    that it hides the later keys, and goes by the hint where nothing else needs the mask. runs: whether torch runs the
+    module's Python, and not operators of its own that treat masks in other ways."""
     if is_causal and mask is None:
         raise NotANetworkError("an attention is said to be causal, and has no mask")
     if is_causal and padding is None and not needs_weights:
-        return _Masks(True, [])
-    addends = attention_mask(read, mask, shown=False)
-    for keys in attention_mask(read, padding, shown=False):  # (batch, keys) -> (batch, 1, 1, keys)
-        for _ in range(2):
-            keys = read.add(None, "unsqueeze", {"input": [keys]}, dim=1)
-        addends = [read.add(None, "binary", {"input": [keys], "other": addends}, function="add") if addends else keys]
-    return _Masks(False, addends)
+        return _Masks(True)
+    if not runs and (mask is not None or padding is not None):
+        raise NotANetworkError("torch has an operator of its own for an attention with a mask in eval mode")
+    form = "hidden exactly" if needs_weights else "hidden"
+    return _Masks(False, attention_mask(read, mask, form), attention_mask(read, padding, form))
 
 
 @module_row(nn.MultiheadAttention)
@@ -74,8 +94,9 @@ def _multihead(
 ) -> None:  # fmt: skip
     if not only_first_is_taken(node):
         raise NotANetworkError("the weights of an attention are read")
-    masks = _masks(read, attn_mask, key_padding_mask, is_causal, need_weights)
     nodes = list(dict.fromkeys((query, key, value)))
+    runs = module.training or len(nodes) > 1
+    masks = _masks(read, attn_mask, key_padding_mask, is_causal, runs=runs, needs_weights=need_weights)
     given = [read.data(one) for one in (query, key, value)] if len(nodes) > 1 else [read.data(query)]
     if key is value and len(nodes) > 1:
         del given[2]
@@ -97,6 +118,7 @@ def _multihead_attention(
     if module.batch_first:
         given = [read.add(None, "transpose", {"input": [value]}, first=0, second=1) for value in given]
     parameters = {"weight": read.own(module, "in_proj_weight"), "bias": read.own(module, "in_proj_bias")}
+    addends = masks.added(read, given[0], given[min(1, len(given) - 1)])
     parts: list[Value] = []
     for value, count in zip(given, {1: (3,), 2: (1, 2), 3: (1, 1, 1)}[len(given)], strict=True):
         first = len(parts) * features
@@ -114,10 +136,10 @@ def _multihead_attention(
         part = read.add(None, "unflatten", {"input": [part]}, dim=-1, sizes=[heads, module.head_dim])
         inputs[name] = [read.add(None, "permute", {"input": [part]}, dims=[1, 2, 0, 3])]
     drops = module.dropout if module.training else 0.0
-    if needs_weights and masks.addends:
-        value = _add_attention_by_weights(read, inputs, masks.addends, drops, module.head_dim**-0.5)
+    if needs_weights and addends:
+        value = _add_attention_by_weights(read, inputs, addends, drops, module.head_dim**-0.5)
     else:
-        value = _add_attention(read, None, {**inputs, "mask": masks.addends}, masks.is_causal, drops)
+        value = _add_attention(read, None, {**inputs, "mask": addends}, masks.is_causal, drops)
     value = read.add(None, "permute", {"input": [value]}, dims=[2, 0, 1, 3])
     value = read.add(None, "flatten", {"input": [value]}, start_dim=2)
     value = _linear(read, module.out_proj, value)
@@ -145,8 +167,7 @@ def _encoder_layer(
     read: Reader, node: Node, module: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: bool = False
 ) -> None:  # fmt: skip
-    _check_padding(module, src_key_padding_mask)
-    masks = _masks(read, src_mask, src_key_padding_mask, is_causal)
+    masks = _masks(read, src_mask, src_key_padding_mask, is_causal, runs=module.training)
     read.values[node] = _encoded(read, module, read.data(src), masks)
 
 
@@ -155,15 +176,8 @@ def _encoder(
     read: Reader, node: Node, module: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: Any = None
 ) -> None:  # fmt: skip
-    _check_padding(module, src_key_padding_mask)
-    masks = _masks(read, mask, src_key_padding_mask, is_causal)
+    masks = _masks(read, mask, src_key_padding_mask, is_causal, runs=module.training)
     read.values[node] = _encoded_by_all(read, module, read.data(src), masks)
-
-
-def _check_padding(module: nn.Module, padding: Any) -> None:
-    """In inference torch's encoders leave out what is padding, and give zeros there."""
-    if padding is not None and not module.training:
-        raise NotANetworkError("an encoder has a mask of padding, which torch leaves out in eval mode")
 
 
 def _encoded_by_all(read: Reader, module: Any, value: Value, masks: _Masks) -> Value:
@@ -180,8 +194,8 @@ def _decoder_layer(
     tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: bool = False,
     memory_is_causal: bool = False
 ) -> None:  # fmt: skip
-    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
     read.values[node] = _encoded(read, module, read.data(tgt), own, (read.data(memory), others))
 
 
@@ -191,8 +205,8 @@ def _decoder(
     tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: Any = None,
     memory_is_causal: bool = False
 ) -> None:  # fmt: skip
-    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
     read.values[node] = _decoded_by_all(read, module, read.data(tgt), own, (read.data(memory), others))
 
 
@@ -211,14 +225,13 @@ def _transformer(
     memory_key_padding_mask: Any = None, src_is_causal: Any = None, tgt_is_causal: Any = None,
     memory_is_causal: bool = False
 ) -> None:  # fmt: skip
-    _check_padding(module.encoder, src_key_padding_mask)
     _check(module.encoder, nn.TransformerEncoder)
     _check(module.decoder, nn.TransformerDecoder)
     read.note(module)
-    masks = _masks(read, src_mask, src_key_padding_mask, src_is_causal)
+    masks = _masks(read, src_mask, src_key_padding_mask, src_is_causal, runs=module.encoder.training)
     memory = _encoded_by_all(read, module.encoder, read.data(src), masks)
-    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal)
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
+    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
     read.values[node] = _decoded_by_all(read, module.decoder, read.data(tgt), own, (memory, others))
 
 
@@ -286,6 +299,8 @@ def _normalized(read: Reader, module: Any, value: Value) -> Value:
 def _dropped(read: Reader, module: Any, value: Value) -> Value:
     _check(module, nn.Dropout)
     read.note(module, "p", "training", "inplace")
+    if module.inplace:
+        raise NotANetworkError("a dropout changes a tensor in place")
     if not module.training or not module.p:
         return value
     read.draws = True

@@ -282,10 +282,13 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
         x, y = y, x
     if isinstance(y, Node):  # an operand broadcasts by itself
         x, y = _without_expand(x, y), _without_expand(y, x)
-    inputs = {"input": [read.data(x)]}
     if isinstance(y, Node):
-        read.add(node, "binary", {**inputs, "other": [read.data(y)]}, function=function)
-    elif type(y) in (int, float):
+        first, second = read.operands(x, y, takes_booleans=function != "sub")
+        inputs = {"input": [first], "other": [second]}
+        read.add(node, "binary", inputs, function=function, takes_booleans=True)
+        return
+    inputs = {"input": [read.data(x)]}
+    if type(y) in (int, float):
         read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
     else:
         raise NotANetworkError(f"{function} takes a {type(y).__name__}")
@@ -507,7 +510,7 @@ def _arange(
     from_zero = end is None or (type(start) is int and start == 0)
     if step != 1 or not from_zero or not (type(size) is int or size in read.sizes) or dtype not in (None, torch.int64):
         raise NotANetworkError("numbers begin behind 0, have a step, or an end that is no size")
-    if not all(_takes_numbers(read, user) or _puts_one_in_front(user) for user in node.users):
+    if not all(_takes_numbers(read, user) or _puts_one_in_front(user) or _picks(user) for user in node.users):
         raise NotANetworkError("numbers in a row go to more than embeddings")
     read.ranges[node] = size, False
 
@@ -553,14 +556,9 @@ def _embedded(read: Reader, x: Any, weight: list[Value], padding: Any) -> Value:
         column = {"selects": True, "dim": dim, "index": index}
     else:
         numbers = read.value(x)
-    if numbers not in read.given:
-        raise NotANetworkError("an embedding takes numbers that are no input of the model")
-    if numbers in read.floats:
-        raise NotANetworkError("an input of integers goes to more than embeddings")
     if padding is not None and padding < 0:  # torch counts it from the end
         padding += weight[0].sizes[0]
-    read.integers.add(numbers)
-    inputs = {"input": [numbers], "weight": weight}
+    inputs = {"input": [read.whole_numbers(numbers)], "weight": weight}
     return read.add(None, "embedding", inputs, padding_idx=-1 if padding is None else padding, **column)
 
 
@@ -1074,6 +1072,8 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
         raise NotANetworkError("a logarithm of a sum goes over no dimension")
     largest = read.add(None, "amax", {"input": [value]}, dims=dims, keepdim=True)
     # An infinite maximum is replaced by a finite one, since infinity minus infinity is NaN.
+    if read.dtype() is None:
+        raise NotANetworkError("the dtype of a logarithm of a sum is not known")
     most = 3e38 if read.dtype() is not torch.float64 else 1.7e308
     largest = read.add(None, "clamp", {"input": [largest]}, min=-most, max=most)
     rest = read.add(None, "binary", {"input": [value], "other": [largest]}, function="sub")
@@ -1612,6 +1612,8 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
             return
     value = read.data(whole)
     dim = 0
+    if _picks(node) and not any(one in read.tensors for one in steps[:2]):
+        return _pick(read, node, value, *steps[:2])
     if steps[0] is Ellipsis:
         del steps[0]
         if not steps or None in steps or (len(steps) > 1 and any(type(one) is int for one in steps)):
@@ -1630,6 +1632,29 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
     if value is read.data(whole):  # x[:]
         value = read.add(None, "slice", {"input": [value]}, dim=0)
     read.values[node] = value
+
+
+def _picks(node: Node) -> bool:
+    """Whether a node is an index of two tensors, as in y[torch.arange(len(y)), lengths - 1]."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple) or len(node.args[1]) < 2:
+        return False
+    first, second, *rest = node.args[1]
+    return isinstance(first, Node) and isinstance(second, Node) and all(one == slice(None) for one in rest)
+
+
+def _pick(read: Reader, node: Node, value: Value, rows: Node, places: Node) -> None:
+    inputs = {"places": [read.whole_numbers(read.value(places))], "input": [value]}
+    if rows not in read.ranges:
+        inputs["rows"] = [read.whole_numbers(read.value(rows))]
+    elif not _is_size_of(read, rows, value):
+        raise NotANetworkError("an index counts other rows than the tensor has")
+    read.add(node, "pick", inputs)
+
+
+def _is_size_of(read: Reader, rows: Node, value: Value) -> bool:
+    """Whether numbers in a row go up to a value's first size."""
+    size, has_one_in_front = read.ranges[rows]
+    return not has_one_in_front and isinstance(size, Node) and read.sizes.get(size) == Size(((value, 0),))
 
 
 def _choose(read: Reader, value: Value, index: Any, dim: int) -> tuple[Value, bool]:

@@ -1,5 +1,5 @@
-"""How comparisons, masks and conversions are layers of a network. A mask that a network computes is 1 where torch has
-True, else 0."""
+"""How comparisons, masks, choices between values and conversions are layers of a network. A mask that a network
+computes is 1 where torch has True, else 0."""
 
 from __future__ import annotations
 
@@ -8,59 +8,53 @@ from math import isfinite
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
-from fastnn.graph.reader import NotANetworkError, Reader, row
+from fastnn.graph.prologue import name_of_target
+from fastnn.graph.reader import NotANetworkError, Reader, module_row, row
 from fastnn.network_program import Value
 
-_COMPARISONS: dict[Any, str] = {
-    **{getattr(module, name): name for module in (torch, operator) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    **{name: name for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-}
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 
 
-@row(*_COMPARISONS)
+@row(*(one for name in _COMPARISONS for one in (name, getattr(torch, name), getattr(operator, name))))
 def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
-    function = _COMPARISONS[node.target]
-    inputs = {"input": [read.data(x)]}
+    function = name_of_target(node).partition(".")[0]  # of an operator of ATen, without the overload
     if isinstance(y, Node):
-        value = read.add(node, "binary", {**inputs, "other": [read.data(y)]}, function=function)
+        value = read.add(node, "binary", {"input": [read.data(x)], "other": [read.data(y)]}, function=function)
+    elif y in (0, 1) and read.is_boolean(x):  # as in mask[:, :steps] == 0
+        inputs = {"input": [read.boolean(x)]}
+        value = read.add(node, "binary", inputs, function=function, number=float(y), takes_booleans=True)
     else:
-        value = read.add(node, "binary", inputs, function=function, number=_number(read, y))
+        value = read.add(node, "binary", {"input": [read.data(x)]}, function=function, number=_number(read, y))
     read.booleans.add(value)
 
 
 @row(operator.invert, torch.logical_not, "logical_not", torch.bitwise_not, "bitwise_not")
 def _not(read: Reader, node: Node, x: Any) -> None:
-    inputs = {"input": [_boolean(read, x)]}
-    read.booleans.add(read.add(node, "binary", inputs, function="sub", number=1.0, reverses=True))
+    inputs, one = {"input": [read.boolean(x)]}, {"number": 1.0, "reverses": True}
+    read.booleans.add(read.add(node, "binary", inputs, function="sub", **one, takes_booleans=True))
 
 
 @row(operator.and_, torch.logical_and, "logical_and", torch.bitwise_and, "bitwise_and")
 def _and(read: Reader, node: Node, x: Any, y: Any) -> None:
-    inputs = {"input": [_boolean(read, x)], "other": [_boolean(read, y)]}
-    read.booleans.add(read.add(node, "binary", inputs, function="mul"))
+    inputs = {"input": [read.boolean(x)], "other": [read.boolean(y)]}
+    read.booleans.add(read.add(node, "binary", inputs, function="mul", takes_booleans=True))
 
 
 @row(operator.or_, torch.logical_or, "logical_or", torch.bitwise_or, "bitwise_or")
 def _or(read: Reader, node: Node, x: Any, y: Any) -> None:
-    inputs = {"input": [_boolean(read, x)], "other": [_boolean(read, y)]}
-    total = read.add(None, "binary", inputs, function="add")
+    inputs = {"input": [read.boolean(x)], "other": [read.boolean(y)]}
+    total = read.add(None, "binary", inputs, function="add", takes_booleans=True)
     read.booleans.add(read.add(node, "binary", {"input": [total]}, function="gt", number=0.0))
-
-
-def _boolean(read: Reader, node: Any) -> Value:
-    """A value that is known to hold booleans: operators such as ``~`` do something else with numbers."""
-    value = read.data(node)
-    if value not in read.booleans:
-        raise NotANetworkError("an operator of booleans takes numbers")
-    return value
 
 
 @row("masked_fill", torch.masked_fill)
 def _masked_fill(read: Reader, node: Node, x: Any, mask: Any, value: Any) -> None:
     inputs = {"condition": [read.condition(mask)], "other": [read.data(x)]}
-    read.add(node, "where", inputs, number=_number(read, value))
+    read.add(node, "where", inputs, number=_number(read, value), takes_booleans=True)
 
 
 @row("masked_fill_")
@@ -68,7 +62,7 @@ def _masked_fill_in_place(read: Reader, node: Node, x: Any, mask: Any, value: An
     # In place the mask may not be larger than the tensor; the result's size would be another.
     result = read.data(x)
     inputs = {"condition": [read.condition(mask)], "other": [result]}
-    filled = read.add(None, "where", inputs, number=_number(read, value))
+    filled = read.add(None, "where", inputs, number=_number(read, value), takes_booleans=True)
     read.add(node, "expand", {"input": [filled], "like": [result]})
 
 
@@ -83,12 +77,61 @@ def _where(read: Reader, node: Node, condition: Any, input: Any, other: Any) -> 
             numbers["number"] = _number(read, given)
     if len(inputs) == 1:
         raise NotANetworkError("a choice is between two numbers")
-    read.add(node, "where", inputs, **numbers)
+    read.add(node, "where", inputs, **numbers, takes_booleans=True)
 
 
 @row("where")
 def _where_method(read: Reader, node: Node, x: Any, condition: Any, other: Any) -> None:
     _where(read, node, condition, x, other)
+
+
+@row(torch.maximum, torch.minimum, "maximum", "minimum")
+def _extreme(read: Reader, node: Node, x: Any, y: Any) -> None:
+    inputs = {"input": [read.data(x)], "other": [read.data(y)]}
+    read.add(node, "binary", inputs, function=name_of_target(node))
+
+
+@row(F.threshold)
+def _threshold(read: Reader, node: Node, x: Any, threshold: Any, value: Any, inplace: bool = False) -> None:
+    given = read.data(x)
+    is_below = read.add(None, "binary", {"input": [given]}, function="le", number=_number(read, threshold))
+    read.add(node, "where", {"condition": [is_below], "other": [given]}, number=_number(read, value))
+
+
+@module_row(nn.Threshold)
+def _threshold_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _threshold(read, node, x, module.threshold, module.value)
+    read.note(module, "threshold", "value")
+
+
+@row(F.hardshrink, torch.hardshrink, "hardshrink")
+def _hardshrink(read: Reader, node: Node, x: Any, lambd: Any = 0.5) -> None:
+    given = read.data(x)
+    size = read.add(None, "unary", {"input": [given]}, function="abs")
+    is_small = read.add(None, "binary", {"input": [size]}, function="le", number=_number(read, lambd))
+    read.add(node, "where", {"condition": [is_small], "other": [given]}, number=0.0)
+
+
+@module_row(nn.Hardshrink)
+def _hardshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _hardshrink(read, node, x, module.lambd)
+    read.note(module, "lambd")
+
+
+@row(F.celu, torch.celu)
+def _celu(read: Reader, node: Node, x: Any, alpha: Any = 1.0, inplace: bool = False) -> None:
+    given, scale = read.data(x), _number(read, alpha)
+    part = read.add(None, "binary", {"input": [given]}, function="div", number=scale)
+    part = read.add(None, "unary", {"input": [part]}, function="expm1")
+    below = read.add(None, "binary", {"input": [part]}, function="mul", number=scale)
+    is_above = read.add(None, "binary", {"input": [given]}, function="gt", number=0.0)
+    read.add(node, "where", {"condition": [is_above], "input": [given], "other": [below]})
+
+
+@module_row(nn.CELU)
+def _celu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _celu(read, node, x, module.alpha)
+    read.note(module, "alpha")
 
 
 def _number(read: Reader, given: Any) -> float:
@@ -103,34 +146,30 @@ def _number(read: Reader, given: Any) -> float:
 
 @row("float", "double", "to", "type_as")
 def _converted(read: Reader, node: Node, x: Any, kind: Any = None) -> None:
-    """A conversion to the network's own dtype. (torch gives a tensor that has the dtype as it is.)"""
+    """A conversion of booleans to the network's own dtype."""
+    value = read.boolean(x)
     kind = {"float": torch.float32, "double": torch.float64}.get(str(node.target), kind)
     if isinstance(kind, Node):
-        own = kind if node.target == "type_as" else kind.args[0] if kind.target is getattr else None
-        if node.target != "type_as" and (own is None or kind.args[1] != "dtype"):
+        is_dtype = kind.target is getattr and kind.args[1] == "dtype"
+        if node.target != "type_as" and not is_dtype:
             raise NotANetworkError("a tensor is converted to what no network knows")
-        if read.data(own) in read.booleans:
-            raise NotANetworkError("a tensor is converted to booleans")
-    elif kind is not read.dtype():
+        read.data(kind.args[0] if is_dtype else kind)  # holds numbers of the network's dtype, or the network refuses it
+    elif kind is None or kind is not read.dtype():
         raise NotANetworkError("a tensor is converted to another dtype than the network's")
-    value = read.data(x)
-    if value in read.booleans:  # The result is a number, though it has the same elements.
-        value = read.add(None, "detach", {"input": [value]})
-        read.booleans.discard(value)
-    read.values[node] = value
+    read.add(node, "binary", {"input": [value]}, function="mul", number=1.0, takes_booleans=True)
 
 
-def attention_mask(read: Reader, node: Any, shown: bool) -> list[Value]:
-    """What an attention adds to its scores, where the mask has True for what is `shown`, or else for what is not."""
+def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:
+    """What an attention adds to its scores. form: "shown" where the mask has True for what is seen; "hidden", or
+    "hidden exactly" where torch takes no mask of another dtype than the scores', where True is what is not seen."""
     if node is None:
         return []
-    if node not in read.prologue.constant:
-        raise NotANetworkError("an attention has a mask that is computed from parameters")
     value = read.value(node)
     if value in read.booleans:
-        if not shown:
-            value = read.add(None, "binary", {"input": [value]}, function="sub", number=1.0, reverses=True)
-        return [read.add(None, "unary", {"input": [value]}, function="log")]  # 0, or minus infinity
-    if value in read.given and value not in read.floats:
-        return [read.in_form(value, "shown" if shown else "hidden")]
-    return [read.data(node)]
+        if form != "shown":
+            one = {"number": 1.0, "reverses": True}
+            value = read.add(None, "binary", {"input": [value]}, function="sub", **one, takes_booleans=True)
+        return [read.add(None, "unary", {"input": [value]}, function="log", takes_booleans=True)]  # 0, or -inf
+    if value not in read.given or value in read.floats:
+        raise NotANetworkError("an attention has a mask that is computed in a way that no network knows")
+    return [read.in_form(value, form)]

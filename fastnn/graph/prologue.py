@@ -22,71 +22,95 @@ from fastnn.graph.order import Order, unpack
 # ---- forms ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(given: Tensor, like: Tensor) -> Tensor:
-    return given if given.is_floating_point() else given.to(like.dtype)
+def _numbers(given: Tensor, dtype: torch.dtype) -> Tensor:
+    return given if given.is_floating_point() else given.to(dtype)
 
 
-def _condition(given: Tensor, like: Tensor) -> Tensor:
-    if given.dtype is not torch.bool:
-        raise RuntimeError(f"expected a mask of booleans, got {given.dtype}")  # the layer itself has words of its own
-    return given.to(like.dtype)
+def _numbers_but_no_booleans(given: Tensor, dtype: torch.dtype) -> Tensor:
+    return _numbers(_of_dtype(given, given.dtype is not torch.bool), dtype)
 
 
-def _addends_of_shown(given: Tensor, like: Tensor) -> Tensor:
-    return _addends_of_hidden(~given if given.dtype is torch.bool else given, like)
+def _condition(given: Tensor, dtype: torch.dtype) -> Tensor:
+    return _of_dtype(given, given.dtype is torch.bool).to(dtype)
 
 
-def _addends_of_hidden(given: Tensor, like: Tensor) -> Tensor:
-    if given.dtype is torch.bool:
-        return torch.zeros_like(given, dtype=like.dtype).masked_fill_(given, -inf)
-    return given.to(like.dtype) if given.dtype is torch.float32 else given  # torch's attention takes float32, too
+def _addends_of_shown(given: Tensor, dtype: torch.dtype) -> Tensor:
+    return _addends_of_hidden(~given if given.dtype is torch.bool else given, dtype)
 
 
-# How a tensor enters a network, by the name of the form: booleans and integers as numbers; booleans, and nothing else,
-# as 1 and 0; and what an attention adds to its scores, where True stands for what is seen, or for what is hidden.
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def _addends_of_hidden(given: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch's attention takes float32 beside float64, too.
+    return _exact_addends_of_hidden(given.to(dtype) if given.dtype is torch.float32 else given, dtype)
+
+
+def _exact_addends_of_hidden(given: Tensor, dtype: torch.dtype) -> Tensor:
+    _of_dtype(given, not given.requires_grad)  # a network has no gradient for a mask
+    return torch.zeros_like(given, dtype=dtype).masked_fill_(given, -inf) if given.dtype is torch.bool else given
+
+
+def _of_dtype(given: Tensor, is_right: bool) -> Tensor:
+    if not is_right:  # (The layers themselves then take it, or raise errors of their own.)
+        raise RuntimeError(f"a network does not take a mask or an operand of {given.dtype} here")
+    return given
+
+
+# How a tensor enters a network of some dtype, by the form's name. An operand that torch converts to the other one's
+# dtype; a mask as 1 and 0; and what an attention adds to its scores, where True is what is seen, or what is hidden.
+FORMS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "numbers": _numbers,
+    "no booleans": _numbers_but_no_booleans,
     "condition": _condition,
     "shown": _addends_of_shown,
     "hidden": _addends_of_hidden,
+    "hidden exactly": _exact_addends_of_hidden,
 }
 
 
-def in_forms(tensors: list[Any], forms: Sequence[tuple[int, str]], like: Sequence[Any]) -> None:
-    """Replaces those tensors, at places, that enter a network in a form. The network has the dtype of the first tensor
-    of `like` that holds floating-point numbers."""
-    number = next((one for one in like if isinstance(one, Tensor) and one.is_floating_point()), None)
+def set_forms(tensors: list[Any], forms: Sequence[tuple[int, str]], dtype: torch.dtype | None) -> None:
+    """Replaces those tensors, at places, that enter a network of this dtype in a form. Raises RuntimeError where one of
+    them has no such form."""
     for place, form in forms:
-        if number is not None and type(tensors[place]) is Tensor:
-            tensors[place] = FORMS[form](tensors[place], number)
+        if dtype is None or type(tensors[place]) is not Tensor:
+            raise RuntimeError("a network does not take such tensors")
+        tensors[place] = FORMS[form](tensors[place], dtype)
 
 
 # ---- which nodes they are -------------------------------------------------------------------------------------------
 
-_DRAW = frozenset(
-    {
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "normal"),
-        *("multinomial", "poisson", "gumbel_softmax", "rrelu", "empty", "empty_like", "new_empty"),
-    }
-)
-# What asks a tensor for its sizes and not for its elements.
-_SIZES = frozenset({"size", "dim", "numel", "ndimension", "len", "unpack"})
-_ATTRIBUTES_OF_SIZES = frozenset({"shape", "ndim", "dtype", "device"})
 # Functions that give booleans.
 GIVE_BOOLEANS = frozenset(
     {
-        *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"),
-        *("logical_not", "logical_and", "logical_or", "logical_xor", "isnan", "isinf", "isfinite", "any", "all"),
-        "bool",
+        *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal", "bool"),
+        *("logical_not", "logical_and", "logical_or", "logical_xor", "isnan", "isinf", "isfinite"),
     }
 )
 # Others that give integers, or turn numbers into others, or that no network has.
 _OF_NUMBERS = frozenset(
     {
-        *("invert", "and_", "or_", "xor", "bitwise_not", "int", "long", "float", "double", "to", "type_as"),
+        *("invert", "and_", "or_", "xor", "bitwise_not", "int", "long", "float", "double", "to", "type_as", "any"),
         *("one_hot", "argmax", "argmin", "tril", "triu", "cumsum", "bucketize", "searchsorted", "remainder", "mod"),
+        *("all", "count_nonzero", "isin", "repeat_interleave"),
     }
 )
+# Further functions that compute the same whenever they run: they draw no numbers and change nothing.
+_PURE = frozenset(
+    {
+        *GIVE_BOOLEANS,
+        *_OF_NUMBERS,
+        *("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "neg", "abs", "square", "sqrt", "rsqrt", "exp"),
+        *("log", "log1p", "expm1", "sin", "cos", "tanh", "sigmoid", "relu", "clamp", "clamp_min", "clamp_max"),
+        *("minimum", "maximum", "round", "floor", "ceil", "trunc", "sign", "sum", "mean", "prod", "amax", "amin"),
+        *("max", "min", "cumprod", "softmax", "where", "masked_fill", "gather", "index_select", "sort", "topk"),
+        *("getitem", "getattr", "unsqueeze", "squeeze", "view", "reshape", "flatten", "unflatten", "transpose", "t"),
+        *("permute", "contiguous", "expand", "expand_as", "repeat", "flip", "roll", "cat", "concat", "stack", "chunk"),
+        *("split", "unbind", "select", "narrow", "movedim", "pad", "clone", "detach", "view_as", "diag"),
+        *("arange", "zeros", "ones", "full", "eye", "linspace", "zeros_like", "ones_like", "full_like", "new_zeros"),
+        *("new_ones", "new_full", "tensor", "size", "dim", "numel", "ndimension", "len", "unpack"),
+    }
+)
+# What asks a tensor for its sizes and not for its elements.
+_SIZES = frozenset({"size", "dim", "numel", "ndimension", "len", "unpack"})
+_ATTRIBUTES_OF_SIZES = frozenset({"shape", "ndim", "dtype", "device"})
 _ATTENTIONS = (
     *(nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer),
     *(nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer),
@@ -94,45 +118,44 @@ _ATTENTIONS = (
 
 
 def name_of_target(node: Node) -> str:
+    """The name of the function or method that a node calls."""
+    if not node.op.startswith("call"):
+        return ""
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
 
 class Prologue:
-    """Which nodes of a graph can run before everything else, and which do.
-
-    constant: nodes through which no gradient reaches a parameter, sizes of any value included. free: nodes that depend
-    on the inputs and on buffers alone, and are the same whenever they run. before: free nodes that torch runs. read:
-    inputs that such nodes, or layers with masks, take: they may hold other things than floating-point numbers.
-    """
+    """The nodes of a graph that torch computes before a network, `before`. They depend on the inputs and on buffers
+    alone, and give the same whenever they run: that is what nodes that are `free` do. They are what gives booleans and
+    integers, or is computed from such: no network may compute with these as with numbers. sizes: nodes that give sizes
+    of tensors, and no tensors."""
 
     def __init__(
         self, graph: Graph, inputs: Collection[Node], buffers: Collection[Node], order: Order,
         modules: Mapping[str, nn.Module],
     ) -> None:  # fmt: skip
-        self.constant: set[Node] = {*inputs, *buffers}
         self.free: set[Node] = {*inputs, *buffers}
-        self.sizes: set[Node] = set()  # nodes that are sizes, not tensors
+        self.sizes: set[Node] = set()
         self.before: set[Node] = set()
-        self.read: set[Node] = set()
+        # Inputs that hold booleans or integers, for all that is known: they are compared, converted, or taken as masks.
+        self._others: set[Node] = set()
         writes = set(order.writes)
         for node in graph.nodes:
-            if node.op not in ("call_function", "call_method") or node in writes:
-                continue
             name = name_of_target(node)
-            if name in _DRAW or "dropout" in name:
+            if node.op not in ("call_function", "call_method") or node in writes or name not in _PURE:
                 continue
             if self._is_size(node, name):
                 self.sizes.add(node)
-                self.constant.add(node)
-            elif all(one in self.constant for one in node.all_input_nodes):
-                self.constant.add(node)
             if all(one in self.free for one in node.all_input_nodes):
                 self.free.add(node)
         for node in graph.nodes:
-            if name_of_target(node) in GIVE_BOOLEANS | _OF_NUMBERS and node.op != "call_module":
+            if name_of_target(node) in GIVE_BOOLEANS | _OF_NUMBERS:
                 self.add(node)
-            for taken in (*masks_of(node, modules), *_numbers_of_embedding(node, modules)):
+            for taken in (*masks_of(node, modules), *_numbers_of_embedding(node, modules), *_indices(node)):
                 self.add(taken)
+        for node in graph.nodes:  # and what is computed from them
+            if node.op.startswith("call") and any(self._is_other(one) for one in node.all_input_nodes):
+                self.add(node)
 
     def _is_size(self, node: Node, name: str) -> bool:
         if name in _SIZES or (node.target is getattr and node.args[1] in _ATTRIBUTES_OF_SIZES):
@@ -141,17 +164,34 @@ class Prologue:
             return bool(node.all_input_nodes) and all(one in self.sizes for one in node.all_input_nodes)
         return False
 
+    def _is_other(self, node: Node) -> bool:
+        return node in self._others or node in self.before
+
     def add(self, node: Node) -> bool:
         """Lets torch run a node, and what it is computed from, if that may be -> whether it may."""
         if node not in self.free or node in self.sizes:
             return False
         if not node.op.startswith("call"):
-            self.read.add(node)
+            self._others.add(node)
         elif node not in self.before:
             self.before.add(node)
             for one in node.all_input_nodes:
                 self.add(one)
         return True
+
+
+def changes_what_it_reads(
+    graph: Graph, tensors: Mapping[Node, tuple[Any, Any]], order: Order, modules: Mapping[str, nn.Module]
+) -> bool:
+    """Whether a layer of the graph changes a tensor of the model, such as the running mean of a batch norm, that
+    another node reads: then each must run in its turn."""
+    written: set[Any] = set()
+    for node in order.writes:
+        if node.op == "call_module":
+            written.update(id(one._buffers) for one in modules[str(node.target)].modules())
+        written.update((id(tensors[one][0]), tensors[one][1]) for one in node.all_input_nodes if one in tensors)
+    read = (key for key in tensors if any(user not in order.writes for user in key.users))
+    return any(id(own) in written or (id(own), name) in written for own, name in map(tensors.__getitem__, read))
 
 
 def masks_of(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
@@ -172,6 +212,14 @@ def masks_of(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
     for name, taken in given.items():
         if "mask" in name and isinstance(taken, Node):
             yield taken
+
+
+def _indices(node: Node) -> Iterator[Node]:
+    """The tensors by which a node indexes another."""
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):
+        yield from (one for one in node.args[1] if isinstance(one, Node))
+    elif name_of_target(node) in ("index_select", "gather") and len(node.args) > 2 and isinstance(node.args[2], Node):
+        yield node.args[2]
 
 
 def _numbers_of_embedding(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:

@@ -22,7 +22,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
 from fastnn.graph.prologue import GIVE_BOOLEANS, Prologue, name_of_target
-from fastnn.network_program import Line, Value
+from fastnn.network_program import Line, TextLine, Value
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
 
@@ -33,9 +33,12 @@ class NotANetworkError(Exception):
 
 def has_side_effects(line: Line) -> bool:
     """Whether a line does more than give its results: it draws random numbers, or changes statistics."""
-    if line.layer == "batch_norm":
-        return bool(line.attributes["trains"])
-    return line.layer in ("dropout", "noise") or bool(line.attributes.get("dropout"))
+    return bool(line.attributes["trains"]) if line.layer == "batch_norm" else draws(line)
+
+
+def draws(line: Line | TextLine) -> bool:
+    """Whether a line draws random numbers."""
+    return line.layer in ("dropout", "noise") or float(line.attributes.get("dropout", 0)) > 0
 
 
 def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
@@ -53,6 +56,14 @@ VIEWS = frozenset(
     {
         *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
         *("split", "unflatten", "detach", "check_sizes"),
+    }
+)
+
+
+# What torch calls functions that are such layers, for booleans too.
+_MOVES = frozenset(
+    {
+        *("getitem", "unsqueeze", "squeeze", "view", "reshape", "flatten", "transpose", "permute", "contiguous"),
     }
 )
 
@@ -108,6 +119,7 @@ class Reader:
         self.guard = Guard()
         self.counters: list[tuple[Any, str]] = []
         self.draws = False
+        self._moves = False  # whether the node that is being read only moves elements
         self._weights: dict[int, Value] = {}  # by the tensor's id
 
     def read(self, node: Node) -> None:
@@ -128,6 +140,7 @@ class Reader:
         if "input" in kwargs and node.op == "call_function":
             args = (kwargs.pop("input"), *args)
         module = self.modules[str(node.target)] if node.op == "call_module" else None
+        self._moves = name_of_target(node) in _MOVES
         try:
             if self._read_known_layer(node):
                 return
@@ -191,17 +204,62 @@ class Reader:
         value = self.value(node)
         if value in self.integers:
             raise NotANetworkError("an input of integers goes to more than embeddings")
-        if value in self.given and (node in self.prologue.before | self.prologue.read or node in self.tensors):
-            return self._number_given(node, value)
+        if self.is_boolean(node):
+            if not self._moves:
+                raise NotANetworkError("a layer of numbers takes booleans")
+            return self.boolean(node)
         self.floats.add(value)
         return value
 
-    def _number_given(self, node: Node, value: Value) -> Value:
-        own, name = self.tensors.get(node, ({}, ""))
-        if name_of_target(node) not in GIVE_BOOLEANS and not (own and own[name].dtype is torch.bool):
-            return self.in_form(value, "numbers")
-        value = self.in_form(value, "condition")
-        self.booleans.add(value)
+    def is_boolean(self, node: Any) -> bool:
+        """Whether a node is known to hold booleans."""
+        return self.value(node) in self.booleans or self._gives_booleans(node)
+
+    def boolean(self, node: Any) -> Value:
+        """The value that a node is, which must be known to hold booleans, as 1 and 0."""
+        value = self.value(node)
+        if value not in self.booleans:
+            if not self._gives_booleans(node):
+                raise NotANetworkError("an operator of booleans takes what may be numbers")
+            value = self.in_form(value, "condition")
+            self.booleans.add(value)
+        return value
+
+    def operands(self, x: Node, y: Node, takes_booleans: bool) -> list[Value]:
+        """Two operands, of which torch converts one that holds booleans or integers to the dtype of the other. Two of
+        them it computes as such, which no network does. takes_booleans: whether torch allows booleans here."""
+        convertible = [self.may_hold_others(node) for node in (x, y)]
+        if all(convertible):
+            raise NotANetworkError("torch may compute with booleans or integers here")
+        return [
+            self._converted(node, takes_booleans) if converts else self.data(node)
+            for node, converts in zip((x, y), convertible, strict=True)
+        ]
+
+    def may_hold_others(self, node: Node) -> bool:
+        """Whether a node may hold other things than floating-point numbers, and torch may still convert it."""
+        value, is_given = self.value(node), node in self.prologue.before or node in self.tensors
+        return value in self.booleans or (is_given and value in self.given)
+
+    def _converted(self, node: Node, takes_booleans: bool) -> Value:
+        value = self.value(node)
+        if value in self.booleans and not takes_booleans:
+            raise NotANetworkError("torch takes no booleans here")
+        return value if value in self.booleans else self.in_form(value, "numbers" if takes_booleans else "no booleans")
+
+    def _gives_booleans(self, node: Any) -> bool:
+        """Whether what a network is given is known to hold booleans."""
+        if node in self.tensors:
+            own, name = self.tensors[node]
+            held = own.get(name) if isinstance(own, dict) else None
+            return isinstance(held, Tensor) and held.dtype is torch.bool
+        return node in self.prologue.before and name_of_target(node) in GIVE_BOOLEANS
+
+    def whole_numbers(self, value: Value) -> Value:
+        """A value that must be given and hold int64."""
+        if value not in self.given or value in self.floats:
+            raise NotANetworkError("an index or an embedding takes numbers that follow from no input alone")
+        self.integers.add(value)
         return value
 
     def give(self, node: Node) -> Value:
@@ -228,9 +286,10 @@ class Reader:
         return self.in_form(value, "condition")
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the model's parameters; None where it has none of floating point."""
+        """The dtype of the model's parameters; None where it has none of floating point, or of several dtypes."""
         held = (one for module in self.modules.values() for one in module._parameters.values())
-        return next((one.dtype for one in held if one is not None and one.is_floating_point()), None)
+        found = {one.dtype for one in held if one is not None and one.is_floating_point()}
+        return found.pop() if len(found) == 1 else None
 
     def tensor_of_model(self, container: Any, name: Any) -> Value:
         if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
@@ -270,12 +329,25 @@ class Reader:
     def optional(self, node: Any) -> list[Value]:
         return [] if node is None else [self.value(node)]
 
-    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
-        """Adds a line of one result, which is the node's -> the result."""
+    def add(
+        self,
+        node: Node | None,
+        layer: str,
+        inputs: dict[str, list[Value]],
+        /,
+        *,
+        takes_booleans: bool = False,
+        **attributes: Any,
+    ) -> Value:
+        """Adds a line of one result, which is the node's -> the result. takes_booleans: whether the layer is right for
+        booleans that are 1 and 0."""
         result = Value(())
         self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
-        if layer in VIEWS and inputs["input"][0] in self.booleans:
-            self.booleans.add(result)
+        if any(value in self.booleans for values in inputs.values() for value in values):
+            if layer in VIEWS:
+                self.booleans.add(result)
+            elif not takes_booleans:
+                raise NotANetworkError("a layer of numbers takes booleans")
         if node is not None:
             self.values[node] = result
         return result

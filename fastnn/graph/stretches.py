@@ -16,6 +16,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx import Graph, Node
 
@@ -24,10 +25,11 @@ from fastnn.graph import fused_layers  # noqa: F401 (registers its rows)
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
-from fastnn.graph.prologue import Prologue, in_forms
-from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, has_side_effects, used_lines
+from fastnn.graph.prologue import Prologue, changes_what_it_reads, set_forms
+from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, draws, has_side_effects, used_lines
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
+from fastnn.network_program import read as read_text
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.network import InferenceNetwork
 from fastnn.ops.network_training import TrainedNetwork
@@ -84,7 +86,7 @@ class NetworkCall:
         layers: Graph,
     ) -> None:
         self.program, self.places, self.same, self.counters = program, places, same, counters
-        self.forms = forms
+        self.forms, self._draws = forms, any(draws(line) for line in read_text(program.text))
         self._layers = layers
         self._one_by_one: Callable[..., Any] | None = None
         # How often the operator refused what the layers took, by the inputs' numbers of dimensions.
@@ -93,13 +95,14 @@ class NetworkCall:
     def __call__(self, module: Any, *values: Any) -> Any:
         tensors = [values[place] for place in self.places]
         refused: tuple[int, ...] | None = None
-        if self.forms and not self._set_forms(tensors):
-            pass
-        elif self._may_run_at_once(tensors, values):
+        if self._may_run_at_once(tensors, values):
+            random = torch.get_rng_state() if self._draws else None
             try:
                 outputs = self.program.run(tensors)
             except RuntimeError:  # the layers have words of their own for it
                 refused = self._dims(tensors)
+                if random is not None:
+                    torch.set_rng_state(random)
             else:
                 for place in self.counters:
                     values[place].add_(1)
@@ -111,19 +114,19 @@ class NetworkCall:
             self._refused[refused] = self._refused.get(refused, 0) + 1
         return outputs
 
-    def _set_forms(self, tensors: list[Any]) -> bool:
-        """Replaces the inputs that enter the network in a form. Returns False where one of them has no such form."""
-        try:
-            in_forms(tensors, self.forms, tensors)
-        except RuntimeError:
-            return False
-        return True
-
     def _dims(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple([one.dim() for one in tensors[: self.program.inputs]])
 
-    def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
+    def _may_run_at_once(self, tensors: list[Any], values: Sequence[Any]) -> bool:
+        """Whether the network takes these tensors. Those that enter it in a form are replaced."""
         program, number = self.program, tensors[-1]
+        if self.forms:
+            in_form = {place for place, _ in self.forms}
+            others = [one for place, one in enumerate(tensors) if place not in in_form and isinstance(one, Tensor)]
+            try:
+                set_forms(tensors, self.forms, next((one.dtype for one in others if one.is_floating_point()), None))
+            except RuntimeError:
+                return False
         for one in tensors[: program.inputs]:
             if type(one) is not Tensor or not one.is_cpu or not program.takes(one):
                 return False
@@ -155,7 +158,8 @@ def tensors_of(
 
 
 def buffers_of(tensors: dict[Node, tuple[Any, Any]]) -> list[Node]:
-    return [node for node, (own, name) in tensors.items() if not isinstance(own.get(name), nn.Parameter)]
+    held = ((node, own.get(name)) for node, (own, name) in tensors.items() if isinstance(own, dict))
+    return [node for node, one in held if isinstance(one, Tensor) and not isinstance(one, nn.Parameter)]
 
 
 def compiled(graph: Graph, file: str) -> Callable[..., Any]:
@@ -226,6 +230,7 @@ class _Reading:
         self.inputs = placeholders[:inputs]
         self.order = Order(graph, modules)
         tensors = tensors_of(graph, sources, placeholders[inputs:], modules)
+        self.is_in_turn = changes_what_it_reads(graph, tensors, self.order, modules)
         self.prologue = Prologue(graph, self.inputs, buffers_of(tensors), self.order, modules)
         self.reader = Reader(modules, self.order, self.inputs, self.prologue, takes_computed=True)
         self.reader.tensors.update(tensors)
@@ -239,6 +244,8 @@ class _Reading:
     def read(self) -> bool:
         """Reads the nodes. Returns False where there is no stretch, or a border changes what others read."""
         reader = self.reader
+        if self.is_in_turn:
+            return False
         levels: dict[Node, int] = {}
         is_border: set[Node] = set()
         first_free, last_drawn = 0, 0  # the first level behind all borders up to here, and the last that draws numbers

@@ -18,7 +18,7 @@ from fastnn.graph.fused_layers import dim_of_log_softmax
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
-from fastnn.graph.prologue import Prologue, in_forms
+from fastnn.graph.prologue import Prologue, changes_what_it_reads, set_forms
 from fastnn.graph.reader import NotANetworkError, Reader, used_lines
 from fastnn.graph.stretches import buffers_of, compiled, tensors_of
 from fastnn.network_program import Line, Value, write
@@ -84,6 +84,8 @@ def _read_training_program(trace: Trace) -> TrainingProgram:
     inputs = placeholders[: len(trace.names)]
     order = Order(graph, trace.modules)
     tensors = tensors_of(graph, sources, placeholders[len(inputs) :], trace.modules)
+    if changes_what_it_reads(graph, tensors, order, trace.modules):
+        raise NotANetworkError("the model reads a buffer that one of its layers changes")
     prologue = Prologue(graph, inputs, buffers_of(tensors), order, trace.modules)
     reader = _read_nodes(graph, trace, inputs, tensors, order, prologue)
     output = graph.output_node()
@@ -176,11 +178,14 @@ class PrologueCall:
     sources: list[tuple[Any, Any]]  # of the buffers
     forms: list[tuple[int, str]]
 
-    def run(self, inputs: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """like: the network's parameters, whose dtype it takes."""
+    def run(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """dtype: the network's."""
+        buffers = [own[name] for own, name in self.sources]
+        if any(one.requires_grad for one in buffers):
+            raise RuntimeError("a buffer requires a gradient")
         with torch.no_grad():
-            given = list(self.function(None, *inputs, *[own[name] for own, name in self.sources]))
-            in_forms(given, self.forms, like)
+            given = list(self.function(None, *inputs, *buffers))
+            set_forms(given, self.forms, dtype)
         return given
 
     def mapped(self, of: Callable[[Any], Any]) -> PrologueCall:

@@ -118,7 +118,7 @@ def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
     names = _READ_AGAIN.get(line.layer, ())
     if line.layer in _PRODUCTS:
         first, second = (list(line.inputs.get(name, ())) for name in _PRODUCTS[line.layer])
-        if line.layer == "binary" and line["function"] == "div":
+        if line.layer == "binary" and line["function"] in ("div", "maximum", "minimum"):
             names = ("input", "other")
         elif line.layer != "binary" or line["function"] == "mul":
             of_both = ((first, second), (second, first))

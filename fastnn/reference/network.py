@@ -232,6 +232,11 @@ def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
     return [F.embedding(numbers, _one(taken, "weight"))]
 
 
+def _pick(line: TextLine, taken: Taken) -> list[Tensor]:
+    x, places = _one(taken, "input"), _one(taken, "places")
+    return [x[taken["rows"][0] if "rows" in taken else torch.arange(len(places)), places]]
+
+
 def _reshape(line: TextLine, taken: Taken) -> list[Tensor]:
     return [_one(taken, "input").reshape(_sizes(line, taken))]
 
@@ -341,6 +346,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "attention": attention_layer,
     "rnn": rnn_layer,
     "embedding": _embedding,
+    "pick": _pick,
     "activation": lambda line, taken: [parse_one(line["activation"])(_one(taken, "input"))],
     "clamp": lambda line, taken: [_one(taken, "input").clamp(line["min"], line["max"])],
     "prelu": lambda line, taken: [F.prelu(_one(taken, "input"), _one(taken, "weight").flatten())],

@@ -252,6 +252,7 @@ template <class T>
 class CastLayer : public Layer<T> {
  public:
   CastLayer(const ProgramLine& line, const Weights<T>&) { this->inputs = {line.input("input")}; }
+  bool takes_other_elements() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(site.inputs[0].elements == ElementKind::booleans, "expected a cast's input to be bool");
     site.outputs[0].sizes = site.sizes(0);

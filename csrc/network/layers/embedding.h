@@ -1,4 +1,4 @@
-// embedding: rows of a table by their numbers. The numbers may be one column of the input, as of a table of categories
+// embedding and pick, which take numbers: rows of a table by their numbers, and one step of each sequence. The numbers may be one column of the input, as of a table of categories
 // that has a column for each embedding.
 #pragma once
 
@@ -22,6 +22,7 @@ class EmbeddingLayer : public Layer<T> {
     rows_ = weight.sizes[0];
     features_ = weight.sizes[1];
   }
+  bool takes_other_elements() const override { return true; }
   void set_sizes(Site<T>& site) const override {
     FASTNN_CHECK(site.inputs[0].elements == ElementKind::integers, "expected an embedding's input to be int64");
     site.outputs[0].sizes = column_ ? column_->rest(site.sizes(0)) : site.sizes(0);
@@ -56,6 +57,65 @@ class EmbeddingLayer : public Layer<T> {
   int64_t rows_, features_;
 };
 
+// Which elements of its input a pick takes: of the row rows[i] the element places[i] along the second dimension, with all
+// that lies in it. Without `rows`, of each row one. Numbers below 0 count from the end.
+class Picked {
+ public:
+  // rows: null for none. Raises where a number is out of range.
+  Picked(const int64_t* rows, const int64_t* places, int64_t count, const Ints& sizes) {
+    FASTNN_CHECK(sizes.size() >= 2 && (rows || count == sizes[0]), "expected a place for each row, got ", count,
+                 " for size ", to_string(sizes));
+    from_.reserve(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      from_.push_back((rows ? wrapped(rows[i], sizes[0]) : i) * sizes[1] + wrapped(places[i], sizes[1]));
+    }
+  }
+  // The elements in their order: the place of each among those of the first two dimensions.
+  const Ints& places() const { return from_; }
+
+ private:
+  static int64_t wrapped(int64_t number, int64_t size) {
+    FASTNN_CHECK(number >= -size && number < size, "index ", number, " is out of bounds for size ", size);
+    return number < 0 ? number + size : number;
+  }
+  Ints from_;
+};
+
+template <class T>
+class PickLayer : public Layer<T> {
+ public:
+  PickLayer(const ProgramLine& line, const Weights<T>&) {
+    if (line.has("rows")) this->inputs = {line.input("rows")};
+    this->inputs.push_back(line.input("places"));
+    this->inputs.push_back(line.input("input"));
+  }
+  bool takes_other_elements() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    const Ints &places = site.inputs[site.inputs.size() - 2].sizes, &sizes = site.inputs.back().sizes;
+    for (size_t i = 0; i + 1 < site.inputs.size(); ++i) {
+      FASTNN_CHECK(site.inputs[i].elements == ElementKind::integers && site.inputs[i].sizes == places,
+                   "expected indices of int64 and of one size");
+    }
+    FASTNN_CHECK(site.inputs.back().elements == ElementKind::numbers, "expected a floating-point input");
+    FASTNN_CHECK(places.size() == 1 && sizes.size() >= 2, "expected a row of indices, and an input of 2 dimensions");
+    site.outputs[0].sizes = Ints(sizes.begin() + 1, sizes.end());
+    site.outputs[0].sizes[0] = places[0];
+  }
+  void run(const LayerCall<T>& call) const override {
+    const size_t last = call.site.inputs.size() - 1;
+    const Ints& sizes = call.site.sizes(last);
+    const int64_t inner = product(sizes, 2, sizes.size());
+    const auto numbers = [&](size_t i) { return static_cast<const int64_t*>(call.inputs[i]); };
+    T* to = call.output(0);
+    const Picked picked(last > 1 ? numbers(0) : nullptr, numbers(last - 1), call.site.outputs[0].sizes[0], sizes);
+    for (const int64_t place : picked.places()) {
+      std::copy_n(call.input(last) + place * inner, inner, to);
+      to += inner;
+    }
+  }
+};
+
+inline LayerEntry pick_entry() { return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {}); }
 inline LayerEntry embedding_entry() {
   return layer_entry<EmbeddingLayer>(
       "embedding", {"input", "weight"},

@@ -161,7 +161,7 @@ class BinaryTraining : public TrainingLayer<T> {
     this->inputs = {line.input("input")};
     this->take(line, {"other"});
     if (this->inputs.size() == 1) number_ = static_cast<T>(line.real("number"));
-    if (kind_ == BinaryKind::maximum || kind_ == BinaryKind::minimum) line.refuse("it has no gradient here");
+    if (is_extreme() && this->inputs.size() == 1) line.refuse("it is a clamp in training");
     for (const char* const name : {"activation", "input_activation", "other_activation"}) {
       if (line.activation(name).kind != ActivationKind::identity) line.refuse("in training it has no activation");
     }
@@ -182,6 +182,7 @@ class BinaryTraining : public TrainingLayer<T> {
       return;
     }
     const size_t left = reverses_ ? 1 : 0, right = 1 - left;
+    if (is_extreme()) return of_extreme(gradient, left, wanted, results);
     const Ints first_sizes = sizes_of(first()), second_sizes = sizes_of(second());
     if (wanted[left]) {
       Tensor own = kind_ == BinaryKind::mul   ? combined<T>(BinaryKind::mul, gradient, second())
@@ -204,6 +205,18 @@ class BinaryTraining : public TrainingLayer<T> {
  private:
   const Tensor& first() const { return this->given[reverses_ ? 1 : 0]; }
   const Tensor& second() const { return this->given[reverses_ ? 0 : 1]; }
+  bool is_extreme() const { return kind_ == BinaryKind::maximum || kind_ == BinaryKind::minimum; }
+  // The gradient passes to the operand that was taken; where they are equal, half of it passes to each.
+  void of_extreme(const Tensor& gradient, size_t left, const bool* wanted, Gradient<T>* results) const {
+    const Tensor equal = combined<T>(BinaryKind::eq, first(), second()), none;
+    const Tensor shared = chosen<T>(equal, combined<T>(BinaryKind::mul, gradient, T(0.5), false), gradient, T(0));
+    for (size_t i = 0; i < 2; ++i) {
+      if (!wanted[i]) continue;
+      const bool is_smaller = (i == left) == (kind_ == BinaryKind::maximum);
+      const Tensor loses = combined<T>(is_smaller ? BinaryKind::lt : BinaryKind::gt, first(), second());
+      results[i].tensor = reduced(chosen<T>(loses, none, shared, T(0)), sizes_of(this->given[i]));
+    }
+  }
   static Tensor negated(const Tensor& tensor) { return combined<T>(BinaryKind::mul, tensor, T(-1), false); }
   Tensor of_input_beside_number(const Tensor& gradient) const {
     switch (kind_) {
@@ -257,57 +270,65 @@ class PreluTraining : public TrainingLayer<T> {
   explicit PreluTraining(const ProgramLine& line) { this->inputs = {line.input("input"), line.input("weight")}; }
   void forward(Tensor* outputs) override { outputs[0] = stock("aten::_prelu_kernel", "", this->given[0], weight()); }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const Tensor like = new_like<T>(this->given[0]), slopes = dense(this->given[1]);
-    const Tensor x = same_strides(this->given[0], like) ? this->given[0].borrow() : dense(this->given[0]);
-    const Tensor gradient = same_strides(gradients[0], x) ? gradients[0].borrow() : dense(gradients[0]);
-    if (!same_strides(gradient, x)) return backward_of(gradient, dense(x), slopes, wanted, results);
-    backward_of(gradient, x, slopes, wanted, results);
+    const Tensor& given = this->given[0];
+    // The gradient and x lie alike, without gaps: as x does, or else contiguous.
+    const bool alike = same_strides(given, new_like<T>(given)) && same_strides(given, gradients[0]);
+    const Tensor x = alike ? given.borrow() : dense(given), slopes = dense(this->given[1]);
+    const Tensor gradient = alike ? gradients[0].borrow() : dense(gradients[0]);
+    Tensor of_input = new_like<T>(x), of_slopes = new_tensor(sizes_of(this->given[1]), kDtypeOf<T>);
+    const int64_t channels = slopes.numel(), count = x.numel();
+    const Elements all{data<T>(gradient), data<T>(x), mutable_data<T>(of_input)};
+    std::vector<double> sums(static_cast<size_t>(channels));
+    if (channels > 1 && x.stride(1) == 1 && x.size(1) > 1) {
+      of_pixels(all, count, data<T>(slopes), sums);
+    } else {
+      constexpr int64_t kPiece = 4096;  // of the elements that have one slope
+      of_planes(all, count, channels > 1 ? count / std::max<int64_t>(x.size(0) * channels, 1) : kPiece,
+                data<T>(slopes), sums);
+    }
+    std::copy(sums.begin(), sums.end(), mutable_data<T>(of_slopes));
+    if (wanted[0]) results[0] = {std::move(of_input), nullptr, true};
+    if (wanted[1]) results[1].tensor = std::move(of_slopes);
   }
 
  private:
-  // The gradient and x lie alike, without gaps. The elements are rows: planes of one channel, pixels of all channels,
-  // or, with one slope, any pieces.
-  void backward_of(const Tensor& gradient, const Tensor& x, const Tensor& slopes, const bool* wanted,
-                   Gradient<T>* results) const {
-    constexpr int64_t kPiece = 4096;
-    const int64_t channels = slopes.numel(), count = x.numel();
-    const bool of_pixels = channels > 1 && x.stride(1) == 1 && x.size(1) > 1;
-    const int64_t pixels = channels > 1 ? count / std::max<int64_t>(x.size(0) * channels, 1) : 1;
-    const int64_t inner = channels == 1 ? kPiece : of_pixels ? channels : std::max<int64_t>(pixels, 1);
-    const int64_t rows = (count + inner - 1) / inner;
-    Tensor of_input = new_like<T>(x), of_slopes = new_tensor(sizes_of(this->given[1]), kDtypeOf<T>);
-    T *const to = mutable_data<T>(of_input), *const sums = mutable_data<T>(of_slopes);
-    const T *const grad = data<T>(gradient), *const from = data<T>(x), *const slope = data<T>(slopes);
-    std::vector<double> parts(static_cast<size_t>(of_pixels ? channels : rows));
-    if (of_pixels) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t c = i % channels;
-        to[i] = from[i] > 0 ? grad[i] : slope[c] * grad[i];
-        parts[static_cast<size_t>(c)] += from[i] > 0 ? T(0) : from[i] * grad[i];
-      }
-    } else {
-      parallel_range(rows, kActivationWork * static_cast<double>(inner), [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-          const T own = slope[row % channels];
-          const int64_t end = std::min(count, (row + 1) * inner);
-          T lanes[16] = {};  // sums side by side, which the compiler keeps in vectors
-          for (int64_t i = row * inner; i < end; i += 16) {
-            for (int64_t l = 0; l < std::min<int64_t>(16, end - i); ++l) {
-              to[i + l] = from[i + l] > 0 ? grad[i + l] : own * grad[i + l];
-              lanes[l] += from[i + l] > 0 ? T(0) : from[i + l] * grad[i + l];
-            }
+  struct Elements {
+    const T *gradient, *x;
+    T* of_input;
+  };
+  // The elements are pixels of all channels. Adds the gradients of the slopes to `sums`.
+  static void of_pixels(const Elements& all, int64_t count, const T* slopes, std::vector<double>& sums) {
+    const int64_t channels = static_cast<int64_t>(sums.size());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = i % channels;
+      all.of_input[i] = all.x[i] > 0 ? all.gradient[i] : slopes[c] * all.gradient[i];
+      sums[static_cast<size_t>(c)] += all.x[i] > 0 ? T(0) : all.x[i] * all.gradient[i];
+    }
+  }
+  // The same for planes of one channel each, of `inner` elements.
+  static void of_planes(const Elements& all, int64_t count, int64_t inner, const T* slopes, std::vector<double>& sums) {
+    constexpr int64_t kTogether = 16;  // sums side by side, which the compiler keeps in vectors
+    const int64_t channels = static_cast<int64_t>(sums.size());
+    const int64_t planes = inner > 0 ? (count + inner - 1) / inner : 0;
+    std::vector<double> of_plane(static_cast<size_t>(planes));
+    parallel_range(planes, kActivationWork * static_cast<double>(inner), [&](int64_t first, int64_t last) {
+      for (int64_t plane = first; plane < last; ++plane) {
+        const T slope = slopes[plane % channels];
+        const int64_t end = std::min(count, (plane + 1) * inner);
+        T lanes[kTogether] = {};
+        for (int64_t i = plane * inner; i < end; i += kTogether) {
+          for (int64_t l = 0; l < std::min(kTogether, end - i); ++l) {
+            const T x = all.x[i + l], gradient = all.gradient[i + l];
+            all.of_input[i + l] = x > 0 ? gradient : slope * gradient;
+            lanes[l] += x > 0 ? T(0) : x * gradient;
           }
-          parts[static_cast<size_t>(row)] = std::accumulate(lanes, lanes + 16, 0.0);
         }
-      });
+        of_plane[static_cast<size_t>(plane)] = std::accumulate(lanes, lanes + kTogether, 0.0);
+      }
+    });
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      sums[static_cast<size_t>(plane % channels)] += of_plane[static_cast<size_t>(plane)];
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      double sum = 0;
-      for (size_t i = static_cast<size_t>(c); i < parts.size(); i += static_cast<size_t>(channels)) sum += parts[i];
-      sums[c] = static_cast<T>(sum);
-    }
-    if (wanted[0]) results[0] = {std::move(of_input), nullptr, true};
-    if (wanted[1]) results[1].tensor = std::move(of_slopes);
   }
   // The weight with as many dimensions as the input, so that torch broadcasts it.
   Tensor weight() const {

@@ -48,9 +48,9 @@ class TrainingLayer {
   // The random numbers of the forward, in the form in which the specification takes them; undefined where there are
   // none.
   virtual Tensor drawn() const { return {}; }
-  // Whether the first input is int64. All others have the network's dtype, except for the last ones of which the layer
-  // reads only the sizes.
-  virtual bool takes_numbers() const { return false; }
+  // How many of the first inputs are int64. All others have the network's dtype, except for the last ones of which the
+  // layer reads only the sizes.
+  virtual size_t integers() const { return 0; }
   virtual size_t inputs_for_sizes() const { return 0; }
   // The activation, where the layer is one; else empty.
   virtual std::string_view activation_text() const { return {}; }

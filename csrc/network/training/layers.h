@@ -22,6 +22,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"linear", make_training<LinearTraining, T>},
       {"rnn", make_training<RnnTraining, T>},
       {"embedding", make_training<EmbeddingTraining, T>},
+      {"pick", make_training<PickTraining, T>},
       {"activation", make_training<ActivationTraining, T>},
       {"clamp", make_training<ClampTraining, T>},
       {"unary", make_training<FunctionTraining, T>},

@@ -531,6 +531,7 @@ class AttentionTraining : public TrainingLayer<T> {
     const Ints sizes = sizes_of(query);
     AttentionLayer<T>::sizes_of_output(sizes, sizes_of(key), sizes_of(value));
     by_blocks_ = drops_ == 0 && sizes.size() == 4 && value.size(3) == sizes[3];
+    FASTNN_CHECK(!has_mask() || mask().dim() >= 2, kTrainingStep, ": expected a mask of at least 2 dimensions");
     if (has_mask()) by_blocks_ &= mask().dim() == 2 || mask().dim() == 4;
     for (size_t i = 0; i < 3; ++i) by_blocks_ &= this->given[i].numel() > 0 && this->given[i].strides().back() == 1;
     if (by_blocks_) {
@@ -544,7 +545,11 @@ class AttentionTraining : public TrainingLayer<T> {
     scale_ = static_cast<T>(given_scale_ ? *given_scale_ : 1 / std::sqrt(static_cast<double>(sizes.back())));
     Tensor scores = combined<T>(BinaryKind::mul, stock("aten::matmul", "", query, turned(key)), scale_, false);
     if (is_causal_) hide_later_keys(scores);
-    if (has_mask()) scores = combined<T>(BinaryKind::add, scores, mask());
+    if (has_mask()) {
+      const Ints expected = sizes_of(scores);
+      scores = combined<T>(BinaryKind::add, scores, mask());
+      FASTNN_CHECK(sizes_of(scores) == expected, kTrainingStep, ": a mask is larger than the scores");
+    }
     // As torch has it, a query that sees no key gives 0.
     weights_ = has_mask() ? stock("aten::_safe_softmax", "", scores, int64_t{-1}, std::optional<ScalarType>())
                           : stock("aten::_softmax", "", scores, int64_t{-1}, false);

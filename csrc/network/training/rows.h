@@ -341,7 +341,7 @@ class EmbeddingTraining : public TrainingLayer<T> {
     }
   }
   void forget() override { numbers_ = Tensor(); }
-  bool takes_numbers() const override { return true; }
+  size_t integers() const override { return 1; }
 
  private:
   void check_numbers() const {
@@ -356,6 +356,45 @@ class EmbeddingTraining : public TrainingLayer<T> {
   std::optional<Selection> column_;
   int64_t padding_;
   Tensor numbers_;
+};
+
+template <class T>
+class PickTraining : public TrainingLayer<T> {
+ public:
+  explicit PickTraining(const ProgramLine& line) { this->take(line, {"rows", "places", "input"}); }
+  void forward(Tensor* outputs) override {
+    const Tensor from = dense(input());
+    Ints sizes = sizes_of(from);
+    const Tensor places = dense(this->given[integers() - 1]), rows = integers() > 1 ? dense(this->given[0]) : Tensor();
+    FASTNN_CHECK(places.dim() == 1 && (integers() == 1 || same_sizes(rows, places)), kTrainingStep,
+                 ": expected rows of indices of one size");
+    picked_.emplace(integers() > 1 ? data<int64_t>(rows) : nullptr, data<int64_t>(places), places.numel(), sizes);
+    inner_ = product(sizes, 2, sizes.size());
+    sizes.erase(sizes.begin());
+    sizes[0] = places.numel();
+    outputs[0] = new_tensor(sizes, kDtypeOf<T>);
+    T* to = mutable_data<T>(outputs[0]);
+    for (const int64_t place : picked_->places()) to = std::copy_n(data<T>(from) + place * inner_, inner_, to);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[integers()]) return;
+    const Tensor gradient = dense(gradients[0]);
+    Tensor result = new_tensor(sizes_of(input()), kDtypeOf<T>);
+    T* const to = mutable_data<T>(result);
+    std::fill_n(to, result.numel(), T(0));
+    const T* from = data<T>(gradient);
+    for (const int64_t place : picked_->places()) {  // the same one may have been taken several times
+      for (int64_t i = 0; i < inner_; ++i) to[place * inner_ + i] += *from++;
+    }
+    results[integers()] = {std::move(result), nullptr, true};
+  }
+  void forget() override { picked_.reset(); }
+  size_t integers() const override { return this->inputs.size() - 1; }
+
+ private:
+  const Tensor& input() const { return this->given.back(); }
+  std::optional<Picked> picked_;
+  int64_t inner_ = 0;
 };
 
 }  // namespace fastnn
