@@ -415,7 +415,8 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "a count that is returned": lambda self, layers, x: (layers[1](layers[0](x)), (layers[0](x) > 0).sum()),
     "a mask times a number": lambda self, layers, x: (layers[1](layers[0](x)), (layers[0](x) > 0) * 2),
     "a choice between masks": lambda self, layers, x: (
-        layers[1](layers[0](x)), torch.where(layers[0](x) > 0, layers[0](x) > 1, layers[0](x) < 2)
+        layers[1](layers[0](x)),
+        torch.where(layers[0](x) > 0, layers[0](x) > 1, layers[0](x) < 2),
     ),
     "a mean of a mask": lambda self, layers, x: layers[1](layers[0](x)) * (layers[0](x) > 0).mean(),
     "a layer of a mask": lambda self, layers, x: layers[1](layers[0](x) > 0),
@@ -426,7 +427,8 @@ OTHERS: dict[str, Callable[..., Any]] = {
         layers[0](x) * (x.long() + 16777217 - 16777216 * (x < 9))
     ),
     "booleans that are converted, and a layer's own dtype": lambda self, layers, x: (
-        (layers[0](x) > 0).double(), layers[1](layers[0](x))
+        (layers[0](x) > 0).double(),
+        layers[1](layers[0](x)),
     ),
     "a number that float32 does not have": lambda self, layers, x: layers[1](layers[0](x).clamp(0).where(x > 0, 1e300)),
     "a tensor to fill with": lambda self, layers, x: layers[1](layers[0](x).masked_fill(x > 0, torch.tensor(2.0))),
@@ -491,9 +493,7 @@ def test_a_mask_sees_what_a_norm_has_written(read: Callable[[nn.BatchNorm1d], Te
     ],
 )
 def test_numbers_are_drawn_in_turn(draw: Callable[[Tensor], Tensor]) -> None:
-    model = Function(
-        lambda self, layers, x: layers[1](F.dropout(layers[0](x), 0.5, self.training) * draw(x)), *_two()
-    )
+    model = Function(lambda self, layers, x: layers[1](F.dropout(layers[0](x), 0.5, self.training) * draw(x)), *_two())
     torch.manual_seed(0)
     fused, trained, (x, target) = copy.deepcopy(model), copy.deepcopy(model), (torch.randn(4, 5), torch.randn(4, 3))
     step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.1))

@@ -67,9 +67,8 @@ class Plan {
       const size_t read = site.inputs.size() - step.layer->sizes_only;
       try {
         for (size_t i = 0; i < read; ++i) {
-          FASTNN_CHECK(
-              site.inputs[i].elements == ElementKind::numbers || step.layer->takes_other_elements(),
-              "expected a floating-point input");
+          FASTNN_CHECK(site.inputs[i].elements == ElementKind::numbers || step.layer->takes_other_elements(),
+                       "expected a floating-point input");
         }
         step.layer->set_sizes(site);
         for (const ValueType& output : site.outputs) {

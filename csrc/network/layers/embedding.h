@@ -1,5 +1,5 @@
-// embedding and pick, which take numbers: rows of a table by their numbers, and one step of each sequence. The numbers may be one column of the input, as of a table of categories
-// that has a column for each embedding.
+// embedding and pick, which take numbers: rows of a table by their numbers, and one step of each sequence. The numbers
+// may be one column of the input, as of a table of categories that has a column for each embedding.
 #pragma once
 
 #include "shape.h"
@@ -57,8 +57,8 @@ class EmbeddingLayer : public Layer<T> {
   int64_t rows_, features_;
 };
 
-// Which elements of its input a pick takes: of the row rows[i] the element places[i] along the second dimension, with all
-// that lies in it. Without `rows`, of each row one. Numbers below 0 count from the end.
+// Which elements of its input a pick takes: of the row rows[i] the element places[i] along the second dimension, with
+// all that lies in it. Without `rows`, of each row one. Numbers below 0 count from the end.
 class Picked {
  public:
   // rows: null for none. Raises where a number is out of range.
@@ -115,7 +115,9 @@ class PickLayer : public Layer<T> {
   }
 };
 
-inline LayerEntry pick_entry() { return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {}); }
+inline LayerEntry pick_entry() {
+  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {});
+}
 inline LayerEntry embedding_entry() {
   return layer_entry<EmbeddingLayer>(
       "embedding", {"input", "weight"},

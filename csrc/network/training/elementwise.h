@@ -283,8 +283,8 @@ class PreluTraining : public TrainingLayer<T> {
       of_pixels(all, count, data<T>(slopes), sums);
     } else {
       constexpr int64_t kPiece = 4096;  // of the elements that have one slope
-      of_planes(all, count, channels > 1 ? count / std::max<int64_t>(x.size(0) * channels, 1) : kPiece,
-                data<T>(slopes), sums);
+      of_planes(all, count, channels > 1 ? count / std::max<int64_t>(x.size(0) * channels, 1) : kPiece, data<T>(slopes),
+                sums);
     }
     std::copy(sums.begin(), sums.end(), mutable_data<T>(of_slopes));
     if (wanted[0]) results[0] = {std::move(of_input), nullptr, true};
