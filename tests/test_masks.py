@@ -333,8 +333,10 @@ def test_a_frozen_model_takes_its_causal_mask_in_one_call() -> None:
         frozen = fastnn.freeze(model, TOKENS)
         assert isinstance(frozen, fastnn.FrozenModel)
         with torch.no_grad():
-            for tokens in (TOKENS, TOKENS[:1, :4], TOKENS.repeat(3, 1)):
+            for tokens in (TOKENS, TOKENS[:1, :4], TOKENS.repeat(3, 1), TOKENS.repeat(1, 2)[:, :12]):
                 assert_close(frozen(tokens), model(tokens))
+            whole = TOKENS.repeat(1, 2)[:, :12]  # as many steps as the mask has
+            assert_close(fastnn.freeze(model, whole)(whole), model(whole))
 
 
 def test_a_mask_is_read_anew() -> None:

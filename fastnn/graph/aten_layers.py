@@ -672,7 +672,7 @@ _MOVES = frozenset(
 _OF_BOOLEANS = _MOVES | frozenset(
     {
         *(_aten.logical_not.default, _aten.bitwise_not.default, _aten.logical_and.default, _aten.bitwise_and.Tensor),
-        *(_aten.logical_or.default, _aten.bitwise_or.Tensor),
+        *(_aten.logical_or.default, _aten.bitwise_or.Tensor, _aten.__and__.Tensor, _aten.__or__.Tensor),
     }
 )
 
@@ -788,8 +788,8 @@ _FUSED_ROWS: dict[Any, Any] = {
         for kind in ("Scalar", "Tensor")
     },
     **dict.fromkeys((_aten.logical_not.default, _aten.bitwise_not.default), torch.logical_not),
-    **dict.fromkeys((_aten.logical_and.default, _aten.bitwise_and.Tensor), torch.logical_and),
-    **dict.fromkeys((_aten.logical_or.default, _aten.bitwise_or.Tensor), torch.logical_or),
+    **dict.fromkeys((_aten.logical_and.default, _aten.bitwise_and.Tensor, _aten.__and__.Tensor), torch.logical_and),
+    **dict.fromkeys((_aten.logical_or.default, _aten.bitwise_or.Tensor, _aten.__or__.Tensor), torch.logical_or),
     **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf), torch.where),
     _aten.masked_fill.Scalar: torch.masked_fill,
     _aten.neg.default: torch.neg,
@@ -1033,8 +1033,9 @@ def _contiguous(read: Reader, node: Node, x: Any, memory_format: Any = None) -> 
 
 @_row(_aten.slice.Tensor)
 def _slice(read: Reader, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> None:
-    value = read.data(x) if getattr(x, "name", "") not in read.constants else read.value(x)  # or a part of a table
-    if _same(value.sizes, _sizes(node)):
+    is_constant = getattr(x, "name", "") in read.constants
+    value = read.value(x) if is_constant else read.data(x)
+    if _same(value.sizes, _sizes(node)) and not is_constant:
         return read.finish(node, value)
     stop = _END if end is None else end
     read.finish(node, read.slice(value, dim, 0 if start is None else start, stop, step, _sizes(node)))
