@@ -253,6 +253,14 @@ READS = [
     *_entries("(1.5 if self.lin$.weight.requires_grad else 0.5)", "self.lin$ = nn.Linear(8, 8)",
               "@.lin$.requires_grad_(False)"),
     *_entries("self.leaky$.negative_slope + 1", "self.leaky$ = nn.LeakyReLU(0.2)", "@.leaky$.negative_slope = 1.5"),
+    *_entries("""h.masked_fill(h > self.k$, 0.5) || torch.where(h < self.k$, h, 0.5 * h) || h * ~(h > self.k$)
+              (h > 0.1 * self.k$).double() || (h + (h >= self.k$))
+              h.masked_fill(torch.logical_and(h > 0, h < self.k$), -0.5)""",
+              "self.k$ = 1.5", _NUMBER, is_tensor=True),
+    *_entries("h.masked_fill(self.mask$, 0.3) || torch.where(self.mask$, h, -h) || h * self.mask$ || h * ~self.mask$",
+              'self.register_buffer("mask$", torch.tensor(True))',
+              "@.mask$.fill_(False) || @.mask$ = torch.tensor(False) || @.mask$ = torch.tensor(1.5).double() || "
+              "@.mask$ = torch.tensor(2) || del @.mask$", is_tensor=True),
 ]
 
 # What one trace cannot answer for, or only by giving up.

@@ -7,7 +7,7 @@ import semantics
 import torch
 
 BATCH = 20  # cases of one test
-BATCHES = {"fuse": 19, "alike": 5, "fuse example": 2, "training_step": 4, "freeze": 2}
+BATCHES = {"fuse": 14, "alike": 5, "fuse example": 2, "training_step": 4, "freeze": 2}
 COMPILED = range(4)
 
 

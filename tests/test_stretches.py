@@ -965,3 +965,32 @@ def test_ends_of_several_dimensions(how: str) -> None:
         for _ in range(2):
             for found, wanted in zip(model(*inputs), stock(*inputs), strict=True):
                 assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Unused(nn.Module):
+    """A layer whose result only says its size."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(8, 8), layer, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        F.dropout(h, 0.5, self.training)
+        for size in self.layer(h).shape:
+            h = h * size / 8
+        return F.dropout(torch.relu(self.last(h)), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), lambda: nn.Dropout(0.3)]
+)
+def test_a_layer_runs_although_nobody_takes_its_result(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Unused(make()), torch.randn(3, 8)
+    fused = fastnn.fuse(copy.deepcopy(model))
+    results = []
+    for own in (model, fused):
+        torch.manual_seed(1)
+        results.append((own(x), torch.get_rng_state(), list(own.buffers())))
+    assert_close(results[1], results[0])

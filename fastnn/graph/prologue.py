@@ -77,6 +77,14 @@ def set_forms(tensors: list[Any], forms: Sequence[tuple[int, str]], dtype: torch
 
 # ---- which nodes they are -------------------------------------------------------------------------------------------
 
+# Functions that draw random numbers, besides those of dropout.
+DRAW = frozenset(
+    {
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "normal"),
+        *("multinomial", "poisson", "binomial", "gumbel_softmax", "rrelu", "fractional_max_pool2d"),
+        *("fractional_max_pool3d", "scaled_dot_product_attention"),
+    }
+)
 # Functions that give booleans.
 GIVE_BOOLEANS = frozenset(
     {

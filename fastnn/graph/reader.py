@@ -21,7 +21,7 @@ from fastnn._torch import OF_CONVOLUTIONS
 from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
-from fastnn.graph.prologue import GIVE_BOOLEANS, Prologue, name_of_target
+from fastnn.graph.prologue import DRAW, GIVE_BOOLEANS, Prologue, name_of_target
 from fastnn.network_program import Line, TextLine, Value
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
@@ -132,8 +132,8 @@ class Reader:
             else:
                 self.values[node] = self._computed(self.modules[owner], name)
             return
-        if not node.users and node not in self.order.writes:  # nobody sees what it gives
-            return
+        if not node.users and node not in self.order.writes and not self._leaves_a_trace(node):
+            return  # nobody sees what it gives
         self._check_in_place(node)
         args: tuple[Any, ...] = node.args
         kwargs = dict(node.kwargs)
@@ -160,6 +160,15 @@ class Reader:
             reads(self, node, *args, **kwargs)
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise NotANetworkError(f"{name_of(node, self.modules)} has arguments that a step does not know") from error
+
+    def _leaves_a_trace(self, node: Node) -> bool:
+        """Whether a node that changes no tensor may still draw random numbers, or compute a parameter anew that changes
+        with it, as spectral_norm does."""
+        if node.op != "call_module":
+            return name_of_target(node) in DRAW or "dropout" in name_of_target(node)
+        module = self.modules[str(node.target)]
+        has_dropout = any(isinstance(one, _DRAWING) for one in module.modules())
+        return has_dropout or any(is_parametrized(one) and not computes_only(one) for one in module.modules())
 
     def _check_in_place(self, node: Node) -> None:
         """A change of a tensor in place is read as a new tensor, where nothing else takes the old one."""
@@ -483,6 +492,7 @@ class Reader:
             self.counters.append((module._buffers, "num_batches_tracked"))
 
 
+_DRAWING = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.RNNBase, nn.MultiheadAttention)
 _DROPOUTS: dict[type, int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
 
