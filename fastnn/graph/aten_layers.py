@@ -754,10 +754,7 @@ class _AsFused:
     def dtype(self) -> torch.dtype:
         return self._read.dtype
 
-    def add(
-        self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, *, takes_booleans: bool = False,
-        **attributes: Any,
-    ) -> Value:  # fmt: skip
+    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
         sizes: Sequence[Any] = ()
         if layer == "check_sizes":
             sizes = inputs["input"][0].sizes
@@ -779,6 +776,8 @@ class _AsFused:
         if node is not None:
             self.values[node] = result
         return result
+
+    add_of_booleans = add
 
 
 _FUSED_ROWS: dict[Any, Any] = {

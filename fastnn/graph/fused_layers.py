@@ -285,7 +285,7 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
     if isinstance(y, Node):
         first, second = read.operands(x, y, takes_booleans=function != "sub")
         inputs = {"input": [first], "other": [second]}
-        read.add(node, "binary", inputs, function=function, takes_booleans=True)
+        read.add_of_booleans(node, "binary", inputs, function=function)
         return
     inputs = {"input": [read.data(x)]}
     if type(y) in (int, float):

@@ -26,7 +26,7 @@ def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
         value = read.add(node, "binary", {"input": [read.data(x)], "other": [read.data(y)]}, function=function)
     elif y in (0, 1) and read.is_boolean(x):  # as in mask[:, :steps] == 0
         inputs = {"input": [read.boolean(x)]}
-        value = read.add(node, "binary", inputs, function=function, number=float(y), takes_booleans=True)
+        value = read.add_of_booleans(node, "binary", inputs, function=function, number=float(y))
     else:
         value = read.add(node, "binary", {"input": [read.data(x)]}, function=function, number=_number(read, y))
     read.booleans.add(value)
@@ -35,26 +35,26 @@ def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
 @row(operator.invert, torch.logical_not, "logical_not", torch.bitwise_not, "bitwise_not")
 def _not(read: Reader, node: Node, x: Any) -> None:
     inputs, one = {"input": [read.boolean(x)]}, {"number": 1.0, "reverses": True}
-    read.booleans.add(read.add(node, "binary", inputs, function="sub", **one, takes_booleans=True))
+    read.booleans.add(read.add_of_booleans(node, "binary", inputs, function="sub", **one))
 
 
 @row(operator.and_, torch.logical_and, "logical_and", torch.bitwise_and, "bitwise_and")
 def _and(read: Reader, node: Node, x: Any, y: Any) -> None:
     inputs = {"input": [read.boolean(x)], "other": [read.boolean(y)]}
-    read.booleans.add(read.add(node, "binary", inputs, function="mul", takes_booleans=True))
+    read.booleans.add(read.add_of_booleans(node, "binary", inputs, function="mul"))
 
 
 @row(operator.or_, torch.logical_or, "logical_or", torch.bitwise_or, "bitwise_or")
 def _or(read: Reader, node: Node, x: Any, y: Any) -> None:
     inputs = {"input": [read.boolean(x)], "other": [read.boolean(y)]}
-    total = read.add(None, "binary", inputs, function="add", takes_booleans=True)
+    total = read.add_of_booleans(None, "binary", inputs, function="add")
     read.booleans.add(read.add(node, "binary", {"input": [total]}, function="gt", number=0.0))
 
 
 @row("masked_fill", torch.masked_fill)
 def _masked_fill(read: Reader, node: Node, x: Any, mask: Any, value: Any) -> None:
     inputs = {"condition": [read.condition(mask)], "other": [read.data(x)]}
-    read.add(node, "where", inputs, number=_number(read, value), takes_booleans=True)
+    read.add_of_booleans(node, "where", inputs, number=_number(read, value))
 
 
 @row("masked_fill_")
@@ -62,7 +62,7 @@ def _masked_fill_in_place(read: Reader, node: Node, x: Any, mask: Any, value: An
     # In place the mask may not be larger than the tensor; the result's size would be another.
     result = read.data(x)
     inputs = {"condition": [read.condition(mask)], "other": [result]}
-    filled = read.add(None, "where", inputs, number=_number(read, value), takes_booleans=True)
+    filled = read.add_of_booleans(None, "where", inputs, number=_number(read, value))
     read.add(node, "expand", {"input": [filled], "like": [result]})
 
 
@@ -77,7 +77,7 @@ def _where(read: Reader, node: Node, condition: Any, input: Any, other: Any) -> 
             numbers["number"] = _number(read, given)
     if len(inputs) == 1:
         raise NotANetworkError("a choice is between two numbers")
-    read.add(node, "where", inputs, **numbers, takes_booleans=True)
+    read.add_of_booleans(node, "where", inputs, **numbers)
 
 
 @row("where")
@@ -156,7 +156,7 @@ def _converted(read: Reader, node: Node, x: Any, kind: Any = None) -> None:
         read.data(kind.args[0] if is_dtype else kind)  # holds numbers of the network's dtype, or the network refuses it
     elif kind is None or kind is not read.dtype():
         raise NotANetworkError("a tensor is converted to another dtype than the network's")
-    read.add(node, "binary", {"input": [value]}, function="mul", number=1.0, takes_booleans=True)
+    read.add_of_booleans(node, "binary", {"input": [value]}, function="mul", number=1.0)
 
 
 def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:
@@ -168,8 +168,8 @@ def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:
     if value in read.booleans:
         if form != "shown":
             one = {"number": 1.0, "reverses": True}
-            value = read.add(None, "binary", {"input": [value]}, function="sub", **one, takes_booleans=True)
-        return [read.add(None, "unary", {"input": [value]}, function="log", takes_booleans=True)]  # 0, or -inf
+            value = read.add_of_booleans(None, "binary", {"input": [value]}, function="sub", **one)
+        return [read.add_of_booleans(None, "unary", {"input": [value]}, function="log")]  # 0, or -inf
     if value not in read.given or value in read.floats:
         raise NotANetworkError("an attention has a mask that is computed in a way that no network knows")
     return [read.in_form(value, form)]

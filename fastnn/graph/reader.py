@@ -338,25 +338,22 @@ class Reader:
     def optional(self, node: Any) -> list[Value]:
         return [] if node is None else [self.value(node)]
 
-    def add(
-        self,
-        node: Node | None,
-        layer: str,
-        inputs: dict[str, list[Value]],
-        /,
-        *,
-        takes_booleans: bool = False,
-        **attributes: Any,
+    def add(self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any) -> Value:
+        """Adds a line of one result, which is the node's -> the result."""
+        takes_booleans = any(value in self.booleans for values in inputs.values() for value in values)
+        if takes_booleans and layer not in VIEWS:
+            raise NotANetworkError("a layer of numbers takes booleans")
+        result = self.add_of_booleans(node, layer, inputs, **attributes)
+        if takes_booleans:
+            self.booleans.add(result)
+        return result
+
+    def add_of_booleans(
+        self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any
     ) -> Value:
-        """Adds a line of one result, which is the node's -> the result. takes_booleans: whether the layer is right for
-        booleans that are 1 and 0."""
+        """The same for a layer that is right for booleans that are 1 and 0."""
         result = Value(())
         self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
-        if any(value in self.booleans for values in inputs.values() for value in values):
-            if layer in VIEWS:
-                self.booleans.add(result)
-            elif not takes_booleans:
-                raise NotANetworkError("a layer of numbers takes booleans")
         if node is not None:
             self.values[node] = result
         return result
