@@ -692,3 +692,11 @@ def test_a_query_that_sees_no_key() -> None:
         wanted = model(x, y, hidden, other)
         torch.manual_seed(0)
         assert_close(fused(x, y, hidden, other), wanted, equal_nan=True)
+
+
+def test_celu_of_large_numbers() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.CELU(0.1), nn.Linear(5, 3))
+    model[0].weight.data.mul_(200)
+    check(model, (torch.randn(8, 5),), steps=0)
+    with pytest.raises(RuntimeError, match="alpha cannot be 0"):
+        fastnn.fuse(nn.Sequential(nn.Linear(5, 5), nn.CELU(0.0)))(torch.randn(2, 5))

@@ -994,3 +994,36 @@ def test_a_layer_runs_although_nobody_takes_its_result(make: Callable[[], nn.Mod
         torch.manual_seed(1)
         results.append((own(x), torch.get_rng_state(), list(own.buffers())))
     assert_close(results[1], results[0])
+
+
+class SharedNorms(nn.Module):
+    """Two batch norms with the same running statistics, or one that is called twice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        first, second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        if kind == "a dict":
+            second._buffers = first._buffers
+        elif kind == "a tensor":
+            second.running_mean = first.running_mean
+        self.norms = nn.ModuleList([first, first if kind == "a module" else second])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = torch.relu(norm(layer(x)))
+        return self.layers[2](x)
+
+
+@pytest.mark.parametrize("kind", ["a dict", "a tensor", "a module"])
+def test_norms_that_share_statistics(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x, target = SharedNorms(kind), torch.randn(7, 6), torch.randn(7, 6)
+    fused, trained = fastnn.fuse(copy.deepcopy(model)), copy.deepcopy(model)
+    step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.0))
+    for _ in range(2):
+        wanted = model(x)
+        assert_close(fused(x), wanted)
+        assert_close(step(x, target), F.mse_loss(wanted, target).detach())
+    for own in (fused, trained):
+        assert_close(dict(own.named_buffers()), dict(model.named_buffers()))

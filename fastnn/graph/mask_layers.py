@@ -4,7 +4,7 @@ computes is 1 where torch has True, else 0."""
 from __future__ import annotations
 
 import operator
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any
 
 import torch
@@ -108,7 +108,9 @@ def _threshold_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 def _hardshrink(read: Reader, node: Node, x: Any, lambd: Any = 0.5) -> None:
     given = read.data(x)
     size = read.add(None, "unary", {"input": [given]}, function="abs")
-    is_small = read.add(None, "binary", {"input": [size]}, function="le", number=_number(read, lambd))
+    if isnan(bound := _number(read, lambd)):
+        raise NotANetworkError("a hardshrink's bound is NaN")
+    is_small = read.add(None, "binary", {"input": [size]}, function="le", number=bound)
     read.add(node, "where", {"condition": [is_small], "other": [given]}, number=0.0)
 
 
@@ -121,7 +123,11 @@ def _hardshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 @row(F.celu, torch.celu)
 def _celu(read: Reader, node: Node, x: Any, alpha: Any = 1.0, inplace: bool = False) -> None:
     given, scale = read.data(x), _number(read, alpha)
-    part = read.add(None, "binary", {"input": [given]}, function="div", number=scale)
+    if scale == 0:
+        raise NotANetworkError("a CELU's alpha is 0")
+    # Without the bound, the exponential of a large x would be infinite, and its gradient NaN.
+    part = read.add(None, "clamp", {"input": [given]}, max=0.0)
+    part = read.add(None, "binary", {"input": [part]}, function="div", number=scale)
     part = read.add(None, "unary", {"input": [part]}, function="expm1")
     below = read.add(None, "binary", {"input": [part]}, function="mul", number=scale)
     is_above = read.add(None, "binary", {"input": [given]}, function="gt", number=0.0)

@@ -352,11 +352,21 @@ class Reader:
         self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any
     ) -> Value:
         """The same for a layer that is right for booleans that are 1 and 0."""
+        if layer == "batch_norm":
+            self._check_statistics(inputs.get("mean", []), attributes["trains"])
         result = Value(())
         self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
         if node is not None:
             self.values[node] = result
         return result
+
+    def _check_statistics(self, mean: Sequence[Value], trains: bool) -> None:
+        """A network writes running statistics when all its layers have run, so that a norm may not go on with what
+        another has written, or the same norm at an earlier call."""
+        for line in self.lines:
+            is_same = line.layer == "batch_norm" and mean and line.inputs.get("mean") == mean
+            if is_same and (trains or line.attributes["trains"]):
+                raise NotANetworkError("two batch norms have the same running statistics")
 
     def note(self, module: nn.Module, *names: str) -> None:
         """Notes in the guard that the program depends on the module and on these attributes of it."""
