@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnn import _C
 from fastnn.graph.rewriting import rewrite_unpacked
-from fastnn.network_program import UNARY, Line, Value, write
+from fastnn.network_program import COMPARISONS, UNARY, Line, Value, write
 from fastnn.recurrent_modes import MODES
 from fastnn.reference.network import network
 from fastnn.testing import using_threads
@@ -562,7 +562,7 @@ def _where(b: _Builder) -> None:
     x = b.random.choice(b.values)
     given, _ = b.inputs[0]
     if tuple(given.sizes) == tuple(x.sizes) and b.random.random() < 0.7:
-        function = b.random.choice(("lt", "le", "gt", "ge", "eq", "ne"))
+        function = b.random.choice(COMPARISONS)
         condition = b.add("binary", {"input": [given]}, x.sizes, function=function, number=b.random.uniform(-1, 1))
     else:
         sizes = [size if b.random.random() < 0.5 else 1 for size in x.sizes][b.random.randint(0, len(x.sizes)) :]

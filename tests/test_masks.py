@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastnn
+from fastnn.network_program import COMPARISONS
 from fastnn.reference.network import network
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_where(sizes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
     assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("function", ["lt", "le", "gt", "ge", "eq", "ne"])
+@pytest.mark.parametrize("function", COMPARISONS)
 def test_comparisons(function: str) -> None:
     text = f"""fastnn.network 1
 input -> x sizes=:
@@ -398,12 +399,8 @@ def _two() -> tuple[nn.Module, nn.Module]:
     return nn.Linear(5, 5), nn.Linear(5, 3)
 
 
-def _hidden(layers: Any, x: Tensor) -> Tensor:
-    return layers[0](x)
-
-
 OTHERS: dict[str, Callable[..., Any]] = {
-    "a sum of masks": lambda self, layers, x: layers[1](layers[0](x) * ((_hidden(layers, x) > -1) + (x > 0))),
+    "a sum of masks": lambda self, layers, x: layers[1](layers[0](x) * ((layers[0](x) > -1) + (x > 0))),
     "a product of masks": lambda self, layers, x: layers[1](layers[0](x) * ~((layers[0](x) > -1) * (layers[0](x) < 1))),
     "one less a mask": lambda self, layers, x: layers[1](layers[0](x) * (1 - (layers[0](x) > 0))),
     "a mask with its sign turned": lambda self, layers, x: layers[1](layers[0](x) * -(layers[0](x) > 0)),

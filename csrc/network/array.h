@@ -280,13 +280,16 @@ inline Ints broadcast_sizes(const Ints& a, const Ints& b) {
   return result;
 }
 
-// The strides of a value where it is broadcast to `rank` dimensions: 0 along those in which it has one element.
-inline Ints broadcast_strides(const ValueType& value, size_t rank) {
-  const Ints own = value.strides();
+// The strides of an array that is broadcast to `rank` dimensions: 0 along those in which it has one element.
+template <class Numbers>
+Ints broadcast_strides(const Numbers& own, const Numbers& sizes, size_t rank) {
   Ints strides(rank, 0);
   const size_t ahead = rank - own.size();
-  for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = value.sizes[d] == 1 ? 0 : own[d];
+  for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = sizes[d] == 1 ? 0 : own[d];
   return strides;
+}
+inline Ints broadcast_strides(const ValueType& value, size_t rank) {
+  return broadcast_strides(value.strides(), value.sizes, rank);
 }
 
 }  // namespace fastnn

@@ -22,7 +22,7 @@ from fastnn._torch import statically_known_true
 from fastnn.graph import fused_layers  # noqa: F401 (registers its rows)
 from fastnn.graph.reader import ROWS as FUNCTION_ROWS
 from fastnn.graph.reader import NotANetworkError
-from fastnn.network_program import UNARY, Line, Value, conv_attributes
+from fastnn.network_program import COMPARISONS, UNARY, Line, Value, conv_attributes
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
 from fastnn.recurrent_modes import MODES
 
@@ -650,7 +650,7 @@ def _attention(
         raise NotALayerError("has a dropout, groups of queries, or a scale that is computed")
     if mask is not None and mask.meta["val"].dtype == torch.bool:
         shown = read.condition(mask)
-        given["mask"] = [read.add("unary", {"input": [shown]}, shown.sizes, function="log")]  # 0, or minus infinity
+        given["mask"] = [read.add("unary", {"input": [shown]}, shown.sizes, function="log")]  # It is 0, or -inf.
     elif mask is not None:
         given["mask"] = [read.value(mask)]
     text = "" if scale is None else repr(float(scale))
@@ -783,7 +783,7 @@ class _AsFused:
 _FUSED_ROWS: dict[Any, Any] = {
     **{
         getattr(getattr(_aten, name), kind): getattr(torch, name)
-        for name in ("lt", "le", "gt", "ge", "eq", "ne")
+        for name in COMPARISONS
         for kind in ("Scalar", "Tensor")
     },
     **dict.fromkeys((_aten.logical_not.default, _aten.bitwise_not.default), torch.logical_not),

@@ -168,7 +168,7 @@ def _encoder_layer(
     is_causal: bool = False
 ) -> None:  # fmt: skip
     masks = _masks(read, src_mask, src_key_padding_mask, is_causal, runs=module.training)
-    read.values[node] = _encoded(read, module, read.data(src), masks)
+    read.values[node] = _through_layer(read, module, read.data(src), masks)
 
 
 @module_row(nn.TransformerEncoder)
@@ -177,29 +177,10 @@ def _encoder(
     is_causal: Any = None
 ) -> None:  # fmt: skip
     masks = _masks(read, mask, src_key_padding_mask, is_causal, runs=module.training)
-    read.values[node] = _encoded_by_all(read, module, read.data(src), masks)
+    read.values[node] = _through_layers(read, module, read.data(src), masks)
 
 
-def _encoded_by_all(read: Reader, module: Any, value: Value, masks: _Masks) -> Value:
-    read.note(module, "training")
-    for layer in module.layers:
-        _check(layer, nn.TransformerEncoderLayer)
-        value = _encoded(read, layer, value, masks)
-    return value if module.norm is None else _normalized(read, module.norm, value)
-
-
-@module_row(nn.TransformerDecoderLayer)
-def _decoder_layer(
-    read: Reader, node: Node, module: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: bool = False,
-    memory_is_causal: bool = False
-) -> None:  # fmt: skip
-    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
-    others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
-    read.values[node] = _encoded(read, module, read.data(tgt), own, (read.data(memory), others))
-
-
-@module_row(nn.TransformerDecoder)
+@module_row(nn.TransformerDecoder, nn.TransformerDecoderLayer)
 def _decoder(
     read: Reader, node: Node, module: Any, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
     tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: Any = None,
@@ -207,14 +188,18 @@ def _decoder(
 ) -> None:  # fmt: skip
     own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
     others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
-    read.values[node] = _decoded_by_all(read, module, read.data(tgt), own, (read.data(memory), others))
+    passes = _through_layer if isinstance(module, nn.TransformerDecoderLayer) else _through_layers
+    read.values[node] = passes(read, module, read.data(tgt), own, (read.data(memory), others))
 
 
-def _decoded_by_all(read: Reader, module: Any, value: Value, masks: _Masks, memory: tuple[Value, _Masks]) -> Value:
-    read.note(module)
+def _through_layers(
+    read: Reader, module: Any, value: Value, masks: _Masks, memory: tuple[Value, _Masks] | None = None
+) -> Value:
+    """All layers of an encoder, or, with a memory, of a decoder."""
+    read.note(module, "training")
     for layer in module.layers:
-        _check(layer, nn.TransformerDecoderLayer)
-        value = _encoded(read, layer, value, masks, memory)
+        _check(layer, nn.TransformerEncoderLayer if memory is None else nn.TransformerDecoderLayer)
+        value = _through_layer(read, layer, value, masks, memory)
     return value if module.norm is None else _normalized(read, module.norm, value)
 
 
@@ -229,13 +214,13 @@ def _transformer(
     _check(module.decoder, nn.TransformerDecoder)
     read.note(module)
     masks = _masks(read, src_mask, src_key_padding_mask, src_is_causal, runs=module.encoder.training)
-    memory = _encoded_by_all(read, module.encoder, read.data(src), masks)
-    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.training)
+    memory = _through_layers(read, module.encoder, read.data(src), masks)
+    own = _masks(read, tgt_mask, tgt_key_padding_mask, tgt_is_causal, runs=module.decoder.training)
     others = _masks(read, memory_mask, memory_key_padding_mask, memory_is_causal, runs=True)
-    read.values[node] = _decoded_by_all(read, module.decoder, read.data(tgt), own, (memory, others))
+    read.values[node] = _through_layers(read, module.decoder, read.data(tgt), own, (memory, others))
 
 
-def _encoded(
+def _through_layer(
     read: Reader, module: Any, value: Value, masks: _Masks, memory: tuple[Value, _Masks] | None = None
 ) -> Value:
     """A layer of an encoder: attention and two linear layers, each with a norm and a way around it; or of a decoder,

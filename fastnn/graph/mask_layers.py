@@ -14,12 +14,10 @@ from torch.fx import Node
 
 from fastnn.graph.prologue import name_of_target
 from fastnn.graph.reader import NotANetworkError, Reader, module_row, row
-from fastnn.network_program import Value
-
-_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+from fastnn.network_program import COMPARISONS, Value
 
 
-@row(*(one for name in _COMPARISONS for one in (name, getattr(torch, name), getattr(operator, name))))
+@row(*(one for name in COMPARISONS for one in (name, getattr(torch, name), getattr(operator, name))))
 def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
     function = name_of_target(node).partition(".")[0]  # of an operator of ATen, without the overload
     if isinstance(y, Node):
@@ -34,8 +32,13 @@ def _compare(read: Reader, node: Node, x: Any, y: Any) -> None:
 
 @row(operator.invert, torch.logical_not, "logical_not", torch.bitwise_not, "bitwise_not")
 def _not(read: Reader, node: Node, x: Any) -> None:
-    inputs, one = {"input": [read.boolean(x)]}, {"number": 1.0, "reverses": True}
-    read.booleans.add(read.add_of_booleans(node, "binary", inputs, function="sub", **one))
+    read.booleans.add(_one_less(read, node, read.boolean(x)))
+
+
+def _one_less(read: Reader, node: Node | None, mask: Value) -> Value:
+    """1 where the mask is 0, and 0 where it is 1."""
+    attributes = {"function": "sub", "number": 1.0, "reverses": True}
+    return read.add_of_booleans(node, "binary", {"input": [mask]}, **attributes)
 
 
 @row(operator.and_, torch.logical_and, "logical_and", torch.bitwise_and, "bitwise_and")
@@ -172,10 +175,8 @@ def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:
         return []
     value = read.value(node)
     if value in read.booleans:
-        if form != "shown":
-            one = {"number": 1.0, "reverses": True}
-            value = read.add_of_booleans(None, "binary", {"input": [value]}, function="sub", **one)
-        return [read.add_of_booleans(None, "unary", {"input": [value]}, function="log")]  # 0, or -inf
+        shown = value if form == "shown" else _one_less(read, None, value)
+        return [read.add_of_booleans(None, "unary", {"input": [shown]}, function="log")]  # It is 0, or -inf.
     if value not in read.given or value in read.floats:
         raise NotANetworkError("an attention has a mask that is computed in a way that no network knows")
     return [read.in_form(value, form)]

@@ -27,11 +27,11 @@ def _numbers(given: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _numbers_but_no_booleans(given: Tensor, dtype: torch.dtype) -> Tensor:
-    return _numbers(_of_dtype(given, given.dtype is not torch.bool), dtype)
+    return _numbers(_checked(given, given.dtype is not torch.bool), dtype)
 
 
 def _condition(given: Tensor, dtype: torch.dtype) -> Tensor:
-    return _of_dtype(given, given.dtype is torch.bool).to(dtype)
+    return _checked(given, given.dtype is torch.bool).to(dtype)
 
 
 def _addends_of_shown(given: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,13 +44,13 @@ def _addends_of_hidden(given: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exact_addends_of_hidden(given: Tensor, dtype: torch.dtype) -> Tensor:
-    _of_dtype(given, not given.requires_grad)  # a network has no gradient for a mask
+    _checked(given, not given.requires_grad)  # a network has no gradient for a mask
     return torch.zeros_like(given, dtype=dtype).masked_fill_(given, -inf) if given.dtype is torch.bool else given
 
 
-def _of_dtype(given: Tensor, is_right: bool) -> Tensor:
-    if not is_right:  # (The layers themselves then take it, or raise errors of their own.)
-        raise RuntimeError(f"a network does not take a mask or an operand of {given.dtype} here")
+def _checked(given: Tensor, is_right: bool) -> Tensor:
+    if not is_right:  # The layers themselves then take the tensor, or raise errors of their own.
+        raise RuntimeError(f"a network does not take such a mask or operand, of {given.dtype}")
     return given
 
 
@@ -133,10 +133,12 @@ def name_of_target(node: Node) -> str:
 
 
 class Prologue:
-    """The nodes of a graph that torch computes before a network, `before`. They depend on the inputs and on buffers
-    alone, and give the same whenever they run: that is what nodes that are `free` do. They are what gives booleans and
-    integers, or is computed from such: no network may compute with these as with numbers. sizes: nodes that give sizes
-    of tensors, and no tensors."""
+    """The nodes of a graph that torch computes before a network.
+
+    free: nodes that depend on the inputs and on buffers alone, and give the same whenever they run. before: the free
+    nodes that torch computes. They give booleans or integers, or are computed from such, and no network may compute
+    with these as with its own numbers. sizes: nodes that give sizes of tensors, and no tensors.
+    """
 
     def __init__(
         self, graph: Graph, inputs: Collection[Node], buffers: Collection[Node], order: Order,
@@ -161,7 +163,7 @@ class Prologue:
                 self.add(node)
             for taken in (*masks_of(node, modules), *_numbers_of_embedding(node, modules), *_indices(node)):
                 self.add(taken)
-        for node in graph.nodes:  # and what is computed from them
+        for node in graph.nodes:  # Torch also computes what follows from booleans and integers.
             if node.op.startswith("call") and any(self._is_other(one) for one in node.all_input_nodes):
                 self.add(node)
 

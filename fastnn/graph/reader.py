@@ -132,7 +132,7 @@ class Reader:
             else:
                 self.values[node] = self._computed(self.modules[owner], name)
             return
-        if not node.users and node not in self.order.writes and not self._leaves_a_trace(node):
+        if not node.users and node not in self.order.writes and not self._may_have_effects(node):
             return  # nobody sees what it gives
         self._check_in_place(node)
         args: tuple[Any, ...] = node.args
@@ -161,7 +161,7 @@ class Reader:
         except (TypeError, ValueError, IndexError, AttributeError) as error:
             raise NotANetworkError(f"{name_of(node, self.modules)} has arguments that a step does not know") from error
 
-    def _leaves_a_trace(self, node: Node) -> bool:
+    def _may_have_effects(self, node: Node) -> bool:
         """Whether a node that changes no tensor may still draw random numbers, or compute a parameter anew that changes
         with it, as spectral_norm does."""
         if node.op != "call_module":
@@ -241,7 +241,7 @@ class Reader:
         if all(convertible):
             raise NotANetworkError("torch may compute with booleans or integers here")
         return [
-            self._converted(node, takes_booleans) if converts else self.data(node)
+            self._as_number(node, takes_booleans) if converts else self.data(node)
             for node, converts in zip((x, y), convertible, strict=True)
         ]
 
@@ -250,7 +250,7 @@ class Reader:
         value, is_given = self.value(node), node in self.prologue.before or node in self.tensors
         return value in self.booleans or (is_given and value in self.given)
 
-    def _converted(self, node: Node, takes_booleans: bool) -> Value:
+    def _as_number(self, node: Node, takes_booleans: bool) -> Value:
         value = self.value(node)
         if value in self.booleans and not takes_booleans:
             raise NotANetworkError("torch takes no booleans here")

@@ -95,7 +95,7 @@ class NetworkCall:
     def __call__(self, module: Any, *values: Any) -> Any:
         tensors = [values[place] for place in self.places]
         refused: tuple[int, ...] | None = None
-        if self._may_run_at_once(tensors, values):
+        if (not self.forms or self._set_forms(tensors)) and self._may_run_at_once(tensors, values):
             random = torch.get_rng_state() if self._draws else None
             try:
                 outputs = self.program.run(tensors)
@@ -117,16 +117,18 @@ class NetworkCall:
     def _dims(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple([one.dim() for one in tensors[: self.program.inputs]])
 
-    def _may_run_at_once(self, tensors: list[Any], values: Sequence[Any]) -> bool:
-        """Whether the network takes these tensors. Those that enter it in a form are replaced."""
+    def _set_forms(self, tensors: list[Any]) -> bool:
+        """Replaces the inputs that enter the network in a form. Returns False where one of them has no such form."""
+        in_form = {place for place, _ in self.forms}
+        others = [one for place, one in enumerate(tensors) if place not in in_form and isinstance(one, Tensor)]
+        try:
+            set_forms(tensors, self.forms, next((one.dtype for one in others if one.is_floating_point()), None))
+        except RuntimeError:
+            return False
+        return True
+
+    def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
         program, number = self.program, tensors[-1]
-        if self.forms:
-            in_form = {place for place, _ in self.forms}
-            others = [one for place, one in enumerate(tensors) if place not in in_form and isinstance(one, Tensor)]
-            try:
-                set_forms(tensors, self.forms, next((one.dtype for one in others if one.is_floating_point()), None))
-            except RuntimeError:
-                return False
         for one in tensors[: program.inputs]:
             if type(one) is not Tensor or not one.is_cpu or not program.takes(one):
                 return False

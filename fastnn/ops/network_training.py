@@ -15,7 +15,7 @@ from torch import Tensor
 from fastnn._extension import load_extension
 from fastnn._torch import backward_may_run_again, direct_call
 from fastnn.activations import parse_one
-from fastnn.network_program import TextLine, read
+from fastnn.network_program import COMPARISONS, TextLine, read
 from fastnn.ops._autograd import check_same_device, eager_recorder, gradients_by_reference
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.reference.network import Taken, attention_layer, layers_of_rnn, network, rnn_layer
@@ -92,7 +92,7 @@ class TrainedNetwork:
 
 def _ends_gradients(line: TextLine) -> bool:
     """Whether the layer's outputs depend on its inputs in no way that has a derivative."""
-    is_comparison = line.layer == "binary" and line["function"] in ("lt", "le", "gt", "ge", "eq", "ne")
+    is_comparison = line.layer == "binary" and line["function"] in COMPARISONS
     return is_comparison or line.layer in ("noise", "detach")
 
 

@@ -226,15 +226,16 @@ class WhereLayer : public Layer<T> {
 
   // What a line names: of condition, input and other, the values that it takes, and which of the three is a number.
   struct Operands {
+    static constexpr size_t kNone = 3;
     std::vector<int64_t> values;
-    size_t of_number = 3;
+    size_t of_number = kNone;
     double number;
 
     explicit Operands(const ProgramLine& line) : values{line.input("condition")}, number(line.real("number")) {
       for (const char* const name : {"input", "other"}) {
         if (line.has(name)) {
           values.push_back(line.input(name));
-        } else if (of_number != 3) {
+        } else if (of_number != kNone) {
           line.refuse("expected input=... or other=...");
         } else {
           of_number = values.size();

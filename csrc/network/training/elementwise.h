@@ -175,7 +175,7 @@ class BinaryTraining : public TrainingLayer<T> {
     output_ = outputs[0].borrow();
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    if (is_comparison(kind_)) return;  // its derivative is 0
+    if (is_comparison(kind_)) return;  // The derivative is 0.
     const Tensor& gradient = gradients[0];
     if (this->given.size() == 1) {
       if (wanted[0]) results[0].tensor = of_input_beside_number(gradient);

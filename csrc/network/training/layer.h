@@ -118,13 +118,8 @@ inline bool same_strides(const Tensor& one, const Tensor& other) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
-// The strides of a tensor that is broadcast to `rank` dimensions: 0 along those in which it has one element.
-inline Ints strides_for(const Tensor& tensor, size_t rank) {
-  const Sizes own = tensor.strides(), sizes = tensor.sizes();
-  Ints strides(rank, 0);
-  const size_t ahead = rank - own.size();
-  for (size_t d = 0; d < own.size(); ++d) strides[ahead + d] = sizes[d] == 1 ? 0 : own[d];
-  return strides;
+inline Ints broadcast_strides(const Tensor& tensor, size_t rank) {
+  return broadcast_strides(tensor.strides(), tensor.sizes(), rank);
 }
 
 // The dimensions from the outermost in memory to the innermost.
@@ -153,9 +148,10 @@ Tensor combined(BinaryKind kind, const Tensor& a, const Tensor& b) {
     });
     return result;
   }
-  const Ints to_strides = strides_for(result, sizes.size());
-  combine_arrays<T>(kind, {data<T>(a), strides_for(a, sizes.size())}, {data<T>(b), strides_for(b, sizes.size())},
-                    kIdentity, to, to_strides, sizes, order_of(to_strides));
+  const Ints to_strides = broadcast_strides(result, sizes.size());
+  combine_arrays<T>(kind, {data<T>(a), broadcast_strides(a, sizes.size())},
+                    {data<T>(b), broadcast_strides(b, sizes.size())}, kIdentity, to, to_strides, sizes,
+                    order_of(to_strides));
   return result;
 }
 
@@ -185,9 +181,9 @@ Tensor chosen(const Tensor& condition, const Tensor& a, const Tensor& b, T numbe
   for (size_t i = 0; i < 3; ++i) {
     const bool is_number = !operands[i]->defined();
     from[i] = is_number ? &number : data<T>(*operands[i]);
-    strides[i] = is_number ? Ints(sizes.size(), 0) : strides_for(*operands[i], sizes.size());
+    strides[i] = is_number ? Ints(sizes.size(), 0) : broadcast_strides(*operands[i], sizes.size());
   }
-  const Ints to_strides = strides_for(result, sizes.size());
+  const Ints to_strides = broadcast_strides(result, sizes.size());
   choose_arrays(from, strides, mutable_data<T>(result), to_strides, sizes, order_of(to_strides));
   return result;
 }

@@ -383,7 +383,7 @@ class PickTraining : public TrainingLayer<T> {
     T* const to = mutable_data<T>(result);
     std::fill_n(to, result.numel(), T(0));
     const T* from = data<T>(gradient);
-    for (const int64_t place : picked_->places()) {  // the same one may have been taken several times
+    for (const int64_t place : picked_->places()) {  // A place may have been taken several times.
       for (int64_t i = 0; i < inner_; ++i) to[place * inner_ + i] += *from++;
     }
     results[integers()] = {std::move(result), nullptr, true};
