@@ -450,3 +450,28 @@ def test_an_input_that_changes_behind_a_batch_first_layer(kind: str) -> None:
     y += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(output.sum(), first.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell", "RNN", "GRU", "LSTM"])
+def test_an_input_that_changes_behind_a_layer_whose_weights_are_not_trained(kind: str) -> None:
+    """Stock saves what is multiplied by a trained weight, so that input and h may change where none is trained. A
+    second derivative needs them themselves."""
+    torch.manual_seed(0)
+    ours = getattr(fastnn.nn, kind)(6, 6).double().requires_grad_(False)
+    cell = kind.endswith("Cell")
+    x = torch.randn((4, 6) if cell else (5, 4, 6)).double()
+    start = torch.randn((4, 6) if cell else (1, 4, 6)).double()
+    c = torch.randn(start.shape).double()
+    gradients = []
+    for change in (False, True):
+        first, second = x.clone().requires_grad_(), start.clone().requires_grad_()
+        input, h = first * 1, second * 1
+        output = ours(input, (h, c) if "LSTM" in kind else h)
+        output = output[0] if isinstance(output, tuple) else output
+        if change:
+            input += 1
+            h += 1
+        gradients.append(torch.autograd.grad(output.square().sum(), [first, second], retain_graph=True))
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: the input"):
+        torch.autograd.grad(output.sum(), [first, second], create_graph=True)

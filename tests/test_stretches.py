@@ -1027,3 +1027,36 @@ def test_norms_that_share_statistics(kind: str) -> None:
         assert_close(step(x, target), F.mse_loss(wanted, target).detach())
     for own in (fused, trained):
         assert_close(dict(own.named_buffers()), dict(model.named_buffers()))
+
+
+class Towers(nn.Module):
+    """The same tower twice, where torch runs something between the first call's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(8, momentum=0.3), nn.Linear(8, 4)
+
+    def tower(self, x: Tensor, between: Callable[[Tensor], Tensor]) -> Tensor:
+        x = torch.relu(self.norm(between(self.first(x))))
+        x = F.max_pool2d(torch.relu(self.norm(self.second(x))), 2)
+        return self.head(x.mean((2, 3)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.tower(x, lambda h: h.cumsum(2)) - self.tower(y, lambda h: h)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_norm_of_several_calls_averages_in_their_order(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    model, x, y = Towers(), torch.randn(5, 3, 9, 7), torch.randn(5, 3, 9, 7) + 3
+    fused, results = fastnn.fuse(copy.deepcopy(model)), []
+    for own in (model, fused):
+        for _ in range(2):
+            given = [one.to(memory_format=layout).requires_grad_() for one in (x.clone(), y.clone())]
+            output = own(*given)
+            gradients = torch.autograd.grad(output.square().sum(), [*given, *own.parameters()])
+            results.append((output, gradients, {name: one.clone() for name, one in own.named_buffers()}))
+    assert "one function" in str(fastnn.explain(fused))
+    for wanted, got in zip(results[:2], results[2:], strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -36,6 +36,11 @@ def has_side_effects(line: Line) -> bool:
     return bool(line.attributes["trains"]) if line.layer == "batch_norm" else draws(line)
 
 
+def written(line: Line) -> list[Value]:
+    """The running mean that a line changes, if it changes one."""
+    return line.inputs.get("mean", []) if line.layer == "batch_norm" and line.attributes["trains"] else []
+
+
 def draws(line: Line | TextLine) -> bool:
     """Whether a line draws random numbers."""
     return line.layer in ("dropout", "noise") or float(line.attributes.get("dropout", 0)) > 0
@@ -361,12 +366,12 @@ class Reader:
         return result
 
     def _check_statistics(self, mean: Sequence[Value], trains: bool) -> None:
-        """A network writes running statistics when all its layers have run, so that a norm may not go on with what
-        another has written, or the same norm at an earlier call."""
+        """A network writes running statistics when all its layers have run, so that a norm may not read what another
+        one has written. Two that only write them add up, in the order of their lines."""
         for line in self.lines:
             is_same = line.layer == "batch_norm" and mean and line.inputs.get("mean") == mean
-            if is_same and (trains or line.attributes["trains"]):
-                raise NotANetworkError("two batch norms have the same running statistics")
+            if is_same and trains != line.attributes["trains"]:
+                raise NotANetworkError("a batch norm reads running statistics that another one writes")
 
     def note(self, module: nn.Module, *names: str) -> None:
         """Notes in the guard that the program depends on the module and on these attributes of it."""

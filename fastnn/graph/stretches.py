@@ -26,7 +26,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
 from fastnn.graph.prologue import Prologue, changes_what_it_reads, set_forms
-from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, draws, has_side_effects, used_lines
+from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, draws, has_side_effects, used_lines, written
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.network_program import read as read_text
@@ -251,6 +251,7 @@ class _Reading:
         levels: dict[Node, int] = {}
         is_border: set[Node] = set()
         first_free, last_drawn = 0, 0  # the first level behind all borders up to here, and the last that draws numbers
+        last_written: dict[Value, int] = {}  # the last level that writes a batch norm's statistics
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
@@ -285,6 +286,8 @@ class _Reading:
             else:
                 if reader.draws:
                     level = last_drawn = max(level, last_drawn, first_free)
+                for mean in [value for line in reader.lines[count:] for value in written(line)]:
+                    level = last_written[mean] = max(level, last_written.get(mean, 0))
                 self._note(node, reader.lines[count:], level)
                 if reader.counters[counted:]:
                     self.stretches[level].counters += reader.counters[counted:]

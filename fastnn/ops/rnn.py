@@ -296,7 +296,7 @@ class Rnn(torch.autograd.Function):
         input, batch_sizes, masks, config, states, *tensors = inputs
         ctx.mark_non_differentiable(*output[-2:])
         ctx.call = (config, states, len(output) - 2)
-        ctx.whole = None
+        ctx.originals = {}
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[-2:], input, batch_sizes, masks, *tensors)
 
@@ -315,11 +315,18 @@ class Rnn(torch.autograd.Function):
         )
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
-        ctx.whole = None
-        if config[3]:  # batch first: stock saves a copy of the input, so that the caller may change it in place
-            if input.requires_grad:  # a second derivative needs the input itself, with its history
-                ctx.whole = (input, input._version)
-            input = input.clone()
+        # Stock saves what is multiplied by a trained weight, or a copy of it where the batch is first. What backward
+        # reads of the rest is saved as a copy, or without a check of its version, because the caller may change it in
+        # place. A second derivative needs the tensors themselves, with their histories.
+        ctx.originals = {}
+        trained = any(weight.requires_grad for weight in tensors[states:])
+        if config[3] or not trained:
+            if input.requires_grad or not trained:
+                ctx.originals[0] = (input, input._version)
+            input = input.clone() if trained else input.data
+        if states and not trained:
+            ctx.originals[1] = (tensors[0], tensors[0]._version)
+            tensors = (tensors[0].clone(), *tensors[1:])
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)
         is_cell = batch_sizes is None and input.dim() == 2
         # The caller may change a network's output in place, as with stock, so backward gets a copy of it. A cell's
@@ -334,16 +341,17 @@ class Rnn(torch.autograd.Function):
             return (None,) * len(needed)
         if wants_graph():
             _, _, input, batch_sizes, masks, *rest = ctx.saved_tensors
-            if ctx.whole is not None:
-                input, version = ctx.whole
-                if input._version != version:
+            differentiated = [input, *rest]
+            for i, (original, version) in ctx.originals.items():
+                if original._version != version:
                     raise RuntimeError(
                         "one of the variables needed for gradient computation has been modified by an inplace "
-                        "operation: the input of a recurrent layer, for a second derivative"
+                        f"operation: the {'state' if i else 'input'} of a recurrent layer, for a second derivative"
                     )
+                differentiated[i] = original
             own = [needed[0], *needed[5:]]
             by_reference = functools.partial(_by_reference, config, states, batch_sizes, masks)
-            found = gradients_by_reference(by_reference, [input, *rest], own, grads)
+            found = gradients_by_reference(by_reference, differentiated, own, grads)
             return (found[0], None, None, None, None, *found[1:])
         wanted = (needed[0], True in needed[5:first_weight], True in needed[first_weight:])
         compute = RnnBackward.apply if torch.is_grad_enabled() else RnnBackward.forward

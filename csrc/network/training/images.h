@@ -378,16 +378,19 @@ class BatchNormTraining : public TrainingLayer<T> {
     if (!place_[0] || !trains_) return;
     T* const running_mean = mutable_data<T>(this->given[place_[0]]);
     T* const running_variance = mutable_data<T>(this->given[place_[1]]);
+    // What another norm, or this one at an earlier call, has written meanwhile is kept in part, too.
+    const T momentum = static_cast<T>(momentum_), kept = 1 - momentum;
     if (new_statistics_[0].defined()) {
-      std::copy_n(data<T>(new_statistics_[0]), mean_.numel(), running_mean);
-      std::copy_n(data<T>(new_statistics_[1]), mean_.numel(), running_variance);
+      for (int64_t c = 0; c < mean_.numel(); ++c) {
+        running_mean[c] = data<T>(new_statistics_[0])[c] + kept * running_mean[c];
+        running_variance[c] = data<T>(new_statistics_[1])[c] + kept * running_variance[c];
+      }
       return;
     }
-    const T momentum = static_cast<T>(momentum_);
     const T unbiased = static_cast<T>(elements_) / static_cast<T>(elements_ - 1);
     for (int64_t c = 0; c < mean_.numel(); ++c) {
-      running_mean[c] = momentum * data<T>(mean_)[c] + (1 - momentum) * running_mean[c];
-      running_variance[c] = momentum * (data<T>(variance_)[c] * unbiased) + (1 - momentum) * running_variance[c];
+      running_mean[c] = momentum * data<T>(mean_)[c] + kept * running_mean[c];
+      running_variance[c] = momentum * (data<T>(variance_)[c] * unbiased) + kept * running_variance[c];
     }
   }
   void release() override { output_ = winners_ = Tensor(); }
@@ -397,13 +400,14 @@ class BatchNormTraining : public TrainingLayer<T> {
   }
 
  private:
-  // torch's own batch norm goes well through vectors of channels. It writes the running statistics to copies, until
-  // `commit`.
+  // torch's own batch norm goes well through vectors of channels. It adds its part of the running statistics to zeros,
+  // until `commit`.
   void normalize_by_torch(Tensor* outputs) {
     OptionalTensor running[2];
     for (size_t i = 0; i < 2; ++i) {
       if (!place_[i]) continue;
-      new_statistics_[i] = copied(this->given[place_[i]]);
+      new_statistics_[i] = new_like<T>(this->given[place_[i]]);
+      std::fill_n(mutable_data<T>(new_statistics_[i]), new_statistics_[i].numel(), T(0));
       running[i] = optional(new_statistics_[i]);
     }
     auto all = stock_results<3>("aten::native_batch_norm", "", this->given[0], parameter(2), parameter(3), running[0],
