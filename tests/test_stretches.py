@@ -1060,3 +1060,40 @@ def test_a_norm_of_several_calls_averages_in_their_order(layout: torch.memory_fo
     assert "one function" in str(fastnn.explain(fused))
     for wanted, got in zip(results[:2], results[2:], strict=True):
         assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+class SkipBlock(nn.Module):
+    def __init__(self, size: int = 6) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return torch.tanh(h + self.second(h)) * h
+
+
+def test_a_gradient_without_memory() -> None:
+    """The gradient of torch.sgn, and of what it is computed from, has no memory, because it is zero everywhere."""
+    torch.manual_seed(0)
+    model, x, target = SkipBlock(), torch.randn(4, 6), torch.randn(4, 6)
+    fused = fastnn.fuse(copy.deepcopy(model))
+    for own in (model, fused):
+        gradients = torch.autograd.grad(own(x).sgn().sum(), list(own.parameters()))
+        assert all((gradient == 0).all() for gradient in gradients)
+    assert "one function" in str(fastnn.explain(fused))
+    step = fastnn.training_step(model, lambda y, t: (y.sgn() - t).sum(), torch.optim.SGD(model.parameters(), lr=1.0))
+    before = copy.deepcopy(model.state_dict())
+    step(x, target)
+    assert "two operator calls" in step.explain()
+    assert_close(model.state_dict(), before)
+
+
+def test_a_gradient_whose_sign_is_turned_lazily() -> None:
+    torch.manual_seed(0)
+    model, x = SkipBlock(1), torch.randn(1, 1)
+    gradient = torch.randn(1, 1, dtype=torch.cfloat).conj().imag
+    assert gradient.is_neg()
+    fused = fastnn.fuse(copy.deepcopy(model))
+    results = [torch.autograd.grad(own(x), list(own.parameters()), gradient) for own in (model, fused)]
+    assert "one function" in str(fastnn.explain(fused))
+    assert_close(results[1], results[0])

@@ -169,13 +169,12 @@ TensorList check_output_gradients(const TrainingPass<T>& pass, const std::vector
   for (size_t i = 0; i < gradients.size(); ++i) {
     result.emplace_back();
     if (!gradients[i]) continue;
-    const Tensor& gradient = *gradients[i];
-    check_plain(gradient, kTrainingStep, "gradient");
-    check_memory(gradient, kTrainingStep, "gradient");
+    check_plain(*gradients[i], kTrainingStep, "gradient");
+    Tensor gradient = resolved(*gradients[i], kTrainingStep, "gradient");
     FASTNN_CHECK(gradient.scalar_type() == kDtypeOf<T> && same_sizes(gradient, pass.output(i)), kTrainingStep,
                  ": expected a gradient like the output, of size ", to_string(pass.output(i).sizes()), ", got ",
                  to_string(gradient.sizes()));
-    result.back() = same_strides(gradient, pass.output(i)) ? gradient.borrow() : dense(gradient);
+    result.back() = same_strides(gradient, pass.output(i)) ? std::move(gradient) : dense(std::move(gradient));
   }
   return result;
 }

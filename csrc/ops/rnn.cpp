@@ -5,6 +5,7 @@
 #include "operators.h"
 #include "register.h"
 #include "rnn_large.h"
+#include "stock.h"
 
 namespace fastnn {
 namespace {
@@ -144,16 +145,6 @@ Tensor place_gradient(RnnProblem& problem, const Tensor& gradient, int64_t* stri
   return result;
 }
 
-// Makes a tensor ordinary. libtorch does this for an operator's tensors and lists of tensors, but not for lists of
-// optional tensors: a view may have its sign turned lazily, as torch.func and complex numbers make them, and a tensor
-// of nothing but zeros may have no memory at all.
-Tensor resolved(const Tensor& tensor) {
-  FASTNN_CHECK(tensor.numel() == 0 || tensor.const_data_ptr(), "rnn_backward: grad_state has no memory");
-  std::array<StableIValue, 1> stack{give(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack.data(), TORCH_ABI_VERSION));
-  return Argument<Tensor>::take(stack[0]);
-}
-
 OutputGradients check_gradients(RnnProblem& problem, const OptionalTensor& grad_output,
                                 const std::vector<OptionalTensor>& grad_state) {
   const char* op = problem.kind.op;
@@ -174,7 +165,7 @@ OutputGradients check_gradients(RnnProblem& problem, const OptionalTensor& grad_
     } else {
       check_one_state(problem, *grad_state[i], i, "grad_state");
     }
-    gradients.state.back() = dense(resolved(*grad_state[i]));
+    gradients.state.back() = dense(resolved(*grad_state[i], op, "grad_state"));
   }
   return gradients;
 }

@@ -69,6 +69,17 @@ inline Tensor copied(const Tensor& tensor) {
   return stock("aten::clone", "", tensor, std::optional<int32_t>());
 }
 
+// Makes a tensor ordinary. libtorch does this for an operator's tensors and lists of tensors, but not for lists of
+// optional tensors: a view may have its sign turned lazily, as torch.func and complex numbers make them, and a gradient
+// that is zero everywhere, as that of torch.sgn, may have no memory at all.
+inline Tensor resolved(const Tensor& tensor, const char* op, const char* name) {
+  check_memory(tensor, op, name);
+  if (tensor.numel() > 0 && !tensor.const_data_ptr()) {
+    return stock("aten::zero_", "", new_tensor(sizes_of(tensor), tensor.scalar_type()));
+  }
+  return stock("aten::resolve_neg", "", tensor);
+}
+
 inline Tensor reshaped(const Tensor& tensor, const Ints& sizes) {
   return stock("aten::reshape", "", tensor, sizes);
 }
