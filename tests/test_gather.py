@@ -89,6 +89,24 @@ TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
     "sums with products": lambda x: (
         torch.addmm(x[0, 0, 0], x[0, 0], x[0, 1].t() @ x[0, 2]) + x[:, 0].baddbmm(x[:, 1, :, :5], x[:, 2]).mean(0)
     ),
+    "sums with a factor": lambda x: x.add(x.flip(1), alpha=2) * torch.sub(x, x.roll(1, 2), alpha=-0.5),
+    "other names of sums and products": lambda x: (
+        x.subtract(1.5).multiply(x)
+        + torch.divide(x, 3)
+        - x.true_divide(2)
+        + torch.rsub(x, 0.5) * torch.rsub(x, x.flip(2))
+    ),
+    "a matrix's T": lambda x: x.mean(1)[:, 0] @ x[:, 0, 1].T + x[:, 0, 2].T.T @ x.sum((1, 2)).T,
+    "parts by their places": lambda x: x.unbind(1)[0] * torch.unbind(x, 1)[-1] + x.unbind(dim=1)[2],
+    "variances beside means": lambda x: (
+        torch.var_mean(x, 1, keepdim=True)[0] - torch.std_mean(x, dim=(1, 2), unbiased=False, keepdim=True)[1]
+    ),
+    "a variance and its mean": lambda x: (both := torch.var_mean(x, (1, 3)))[0] * both[1],
+    "distances": lambda x: F.pairwise_distance(x, x.flip(1)) + F.pairwise_distance(x, x[:, :1], p=1, eps=0.1),
+    "inner products": lambda x: torch.inner(x, x[0, 0]),
+    "logits": lambda x: torch.logit(torch.sigmoid(x)) - x.logit(0.01) * torch.logit(x, eps=0.2),
+    "softshrink": lambda x: F.softshrink(x) + F.softshrink(x, 0.1),
+    "the dtype that is there": lambda x: x.double() * x.to(torch.float64) + x.type_as(x) - x.to(x.dtype),
     "norms": lambda x: x / x.norm(dim=(1, 2), keepdim=True) + torch.norm(x, 1) + torch.linalg.norm(x, 1, -1, True),
 }
 
@@ -281,3 +299,23 @@ def test_an_infinite_gradient_stays_where_it_is() -> None:
     fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.0)).accumulate(images, target)
     assert torch.equal(model.weight.grad.isfinite(), expected.isfinite())
     assert torch.equal(model.weight.grad.isnan(), expected.isnan())
+
+
+def test_a_conversion_holds_for_the_dtype_that_the_model_had() -> None:
+    x, model = torch.randn(4, 6, 5, 7), Between(lambda x: x.float() * x)
+    fused = fastnn.fuse(copy.deepcopy(model))
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), model(x))
+        # A double is multiplied by a float now.
+        torch.testing.assert_close(fused.double()(x.double()), model.double()(x.double()))
+        fused.float(), model.float()
+
+
+@pytest.mark.parametrize("saturated", [0.0, 1.0])
+def test_a_logit_of_what_is_no_more_a_probability(saturated: float) -> None:
+    model = Between(lambda x: torch.logit(x * 0 + saturated))
+    x, results = torch.randn(4, 6, 5, 7, requires_grad=True), []
+    for own in (model, fastnn.fuse(copy.deepcopy(model))):
+        y = own(x)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)

@@ -155,17 +155,26 @@ def _number(read: Reader, given: Any) -> float:
 
 @row("float", "double", "to", "type_as")
 def _converted(read: Reader, node: Node, x: Any, kind: Any = None) -> None:
-    """A conversion of booleans to the network's own dtype."""
-    value = read.boolean(x)
+    """A conversion to the network's own dtype: of booleans, or of numbers, which have it already."""
+    is_mask = read.is_boolean(x)
+    value = read.boolean(x) if is_mask else read.data(x)
     kind = {"float": torch.float32, "double": torch.float64}.get(str(node.target), kind)
     if isinstance(kind, Node):
         is_dtype = kind.target is getattr and kind.args[1] == "dtype"
         if node.target != "type_as" and not is_dtype:
             raise NotANetworkError("a tensor is converted to what no network knows")
-        read.data(kind.args[0] if is_dtype else kind)  # holds numbers of the network's dtype, or the network refuses it
+        like = read.data(kind.args[0] if is_dtype else kind)  # holds numbers of the network's dtype, or is refused
+        is_computed = like not in read.booleans and any(like in line.outputs for line in read.lines)
+        if not is_mask and not is_computed:
+            raise NotANetworkError("a tensor is converted to the dtype of what no network has computed")
     elif kind is None or kind is not read.dtype():
         raise NotANetworkError("a tensor is converted to another dtype than the network's")
-    read.add_of_booleans(node, "binary", {"input": [value]}, function="mul", number=1.0)
+    elif not is_mask:
+        read.note_dtype()
+    if is_mask:
+        read.add_of_booleans(node, "binary", {"input": [value]}, function="mul", number=1.0)
+    else:
+        read.values[node] = value
 
 
 def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:

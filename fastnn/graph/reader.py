@@ -1,5 +1,5 @@
 """Reads a fused graph as the lines of a network, in training and in inference. What each function, method or module is
-among a network's layers, the rows say that ``fused_layers.py`` and ``attention_layers.py`` register here.
+among a network's layers, the rows say that ``fused_layers.py`` and the files that it imports register here.
 
 A row gets the reader, the node and the node's arguments as torch's function has them, and adds lines; or it raises
 NotANetworkError, and torch runs the node.
@@ -302,8 +302,15 @@ class Reader:
     def dtype(self) -> torch.dtype | None:
         """The dtype of the model's parameters; None where it has none of floating point, or of several dtypes."""
         held = (one for module in self.modules.values() for one in module._parameters.values())
-        found = {one.dtype for one in held if one is not None and one.is_floating_point()}
+        found = {one.dtype for one in held if one is not None and _is_float(one)}
         return found.pop() if len(found) == 1 else None
+
+    def note_dtype(self) -> None:
+        """Notes in the guard that the program is right for the dtype of the model's parameters alone."""
+        modules = (one for one in self.modules.values() if any(map(_is_float, one._parameters.values())))
+        module = next(modules)
+        name = next(name for name, held in module._parameters.items() if _is_float(held))
+        self.guard.note_call(_dtype_of, (module, name), self.dtype())
 
     def tensor_of_model(self, container: Any, name: Any) -> Value:
         if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
@@ -504,6 +511,15 @@ class Reader:
             self.counters.append((module._buffers, "num_batches_tracked"))
 
 
+def _is_float(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.is_floating_point()
+
+
+def _dtype_of(module: nn.Module, name: str) -> torch.dtype | None:
+    parameter = module._parameters.get(name)
+    return None if parameter is None else parameter.dtype
+
+
 _DRAWING = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.RReLU, nn.RNNBase, nn.MultiheadAttention),
@@ -516,6 +532,11 @@ def each_dimension(numbers: Any, dims: int) -> list[int]:
     if len(given) != dims or not all(type(one) is int for one in given):
         raise NotANetworkError("a layer has settings that are not as many numbers as dimensions")
     return given
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that takes a node's result, if there is only one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def only_first_is_taken(node: Node) -> bool:

@@ -13,8 +13,8 @@ from torch.fx import Graph, Node
 
 from fastnn._torch import pytree
 from fastnn.graph.alike import NotAlikeError, Parts, kind_of
+from fastnn.graph.elementwise_layers import dim_of_log_softmax
 from fastnn.graph.forward import Trace
-from fastnn.graph.fused_layers import dim_of_log_softmax
 from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order

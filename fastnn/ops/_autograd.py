@@ -118,9 +118,13 @@ def eager_recorder(function: type[torch.autograd.Function]) -> Callable[..., tup
 
     def eager_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad in grads:
-            if grad is not None and is_legacy_batchedtensor(grad):
+            if grad is None:
+                continue
+            if is_legacy_batchedtensor(grad):
                 ctx.is_batched = True  # backward runs several times
                 return one_by_one(lambda *rows: function.backward(ctx, *rows), grads)
+            if grad.is_sparse:  # as that of a table whose rows ``embedding(sparse=True)`` has taken
+                return eager_backward(ctx, *[one if one is None else one.to_dense() for one in grads])
         return function.backward(ctx, *grads)
 
     members = {"forward": staticmethod(function.record), "backward": staticmethod(eager_backward)}  # type: ignore[attr-defined]

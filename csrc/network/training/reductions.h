@@ -88,7 +88,9 @@ class AmaxTraining : public UnaryTraining<T> {
     }
     Ints dims = dims_;
     for (size_t d = 0; dims_.empty() && d < kept.size(); ++d) dims.push_back(static_cast<int64_t>(d));
-    for (const int64_t dim : dims) kept[static_cast<size_t>(wrap_dim(dim, kept.size()))] = 1;
+    for (const int64_t dim : dims) {  // (A number has a dimension 0 in torch's eyes.)
+      if (!kept.empty()) kept[static_cast<size_t>(wrap_dim(dim, kept.size()))] = 1;
+    }
     const Tensor is_largest = stock("aten::eq", "Tensor", this->input(), reshaped(largest_, kept));
     const Tensor count = stock("aten::sum", "dim_IntList", is_largest, std::optional<Ints>(dims), true,
                                std::optional<ScalarType>(kDtypeOf<T>));

@@ -1,0 +1,312 @@
+"""How functions that act element by element are layers of a network."""
+
+from __future__ import annotations
+
+import operator
+from math import isnan
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from fastnn.graph.order import in_place
+from fastnn.graph.reader import NotANetworkError, Reader, Size, module_row, row
+from fastnn.network_program import UNARY, Line, Value
+from fastnn.nn._hooks import has_own_call
+
+_NAMES = {
+    **{name: name for name in ("add", "sub", "mul", "div")},
+    **{"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div"},
+}
+_BINARY = {
+    **{getattr(torch, given): name for given, name in _NAMES.items()},
+    **_NAMES,
+    **{f"{given}_": name for given, name in _NAMES.items()},
+    **{operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"},
+}
+
+
+@row(*_BINARY)
+def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
+    if alpha != 1:
+        if not isinstance(x, Node) or not isinstance(y, Node) or type(alpha) not in (int, float):
+            raise NotANetworkError("a sum has a factor")
+        times = read.add(None, "binary", {"input": [read.data(y)]}, function="mul", number=float(alpha))
+        read.add(node, "binary", {"input": [read.data(x)], "other": [times]}, function=_BINARY[node.target])
+        return None
+    if x in read.sizes or y in read.sizes:
+        return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
+    _combine(read, node, _BINARY[node.target], x, y)
+
+
+def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
+    reverses = not isinstance(x, Node)
+    if reverses:
+        x, y = y, x
+    if isinstance(y, Node):  # an operand broadcasts by itself
+        x, y = _without_expand(x, y), _without_expand(y, x)
+    if isinstance(y, Node):
+        first, second = read.operands(x, y, takes_booleans=function != "sub")
+        inputs = {"input": [first], "other": [second]}
+        read.add_of_booleans(node, "binary", inputs, function=function)
+        return
+    inputs = {"input": [read.data(x)]}
+    if type(y) in (int, float):
+        read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
+    else:
+        raise NotANetworkError(f"{function} takes a {type(y).__name__}")
+
+
+def _without_expand(node: Node, other: Node) -> Any:
+    """Of a tensor that is expanded to the sizes of the other operand, the tensor."""
+    return node.args[0] if node.target == "expand_as" and node.args[1:] == (other,) else node
+
+
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+
+
+@row(in_place)
+def _in_place(read: Reader, node: Node, operation: str, x: Any, y: Any) -> None:
+    if operation not in _IN_PLACE:
+        raise NotANetworkError(f"{operation} is no layer of a network")
+    _combine(read, node, _IN_PLACE[operation], x, y)
+
+
+@row(operator.floordiv)
+def _floordiv(read: Reader, node: Node, x: Any, y: Any) -> None:
+    _compute_size(read, node, "div", x, y)
+
+
+def _compute_size(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
+    """A product of sizes and numbers, or a size divided by a number, as a view may ask for it."""
+    sizes = [read.sizes[one] if one in read.sizes else Size((), one) if type(one) is int else None for one in (x, y)]
+    first, second = sizes
+    if first is None or second is None or first.divisor != 1 or second.divisor != 1:
+        raise NotANetworkError("the model computes with a tensor's sizes")
+    if function == "mul" and first.factor >= 0 and second.factor >= 0:
+        read.sizes[node] = Size((*first.dimensions, *second.dimensions), first.factor * second.factor)
+    elif function == "div" and not second.dimensions and second.factor > 0:
+        read.sizes[node] = Size(first.dimensions, first.factor, second.factor)
+    else:
+        raise NotANetworkError("the model computes with a tensor's sizes")
+
+
+@row(F.logsigmoid)
+def _logsigmoid(read: Reader, node: Node, x: Any) -> None:
+    # (Beyond 40, softplus gives its argument, which is exact in float64, too.)
+    negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+    value = read.add(None, "activation", {"input": [negative]}, activation="softplus(1.0,40.0)")
+    read.add(node, "binary", {"input": [value]}, function="mul", number=-1.0)
+
+
+@module_row(nn.LogSigmoid)
+def _logsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _logsigmoid(read, node, x)
+
+
+@row(torch.rsub)
+def _rsub(read: Reader, node: Node, x: Any, y: Any) -> None:
+    _combine(read, node, "sub", y, x)
+
+
+@row(torch.logit, "logit")
+def _logit(read: Reader, node: Node, x: Any, eps: Any = None) -> None:
+    value = read.data(x)
+    if eps is not None:
+        if type(eps) is not float or not 0 <= eps <= 0.5:
+            raise NotANetworkError("the bounds of a logit are no probabilities")
+        value = read.add(None, "clamp", {"input": [value]}, min=eps, max=1 - eps)
+    rest = read.add(None, "binary", {"input": [value]}, function="sub", number=1.0, reverses=True)
+    # (Of a quotient, the gradient would be NaN at 0 and at 1, where torch's is infinite.)
+    logarithms = [read.add(None, "unary", {"input": [one]}, function="log") for one in (value, rest)]
+    read.add(node, "binary", {"input": logarithms[:1], "other": logarithms[1:]}, function="sub")
+
+
+@row(F.softshrink)
+def _softshrink(read: Reader, node: Node, x: Any, lambd: Any = 0.5) -> None:
+    if type(lambd) not in (int, float) or not lambd >= 0:
+        raise NotANetworkError("a softshrink's bound is negative, or no number")
+    value = read.data(x)
+    within = read.add(None, "clamp", {"input": [value]}, min=-float(lambd), max=float(lambd))
+    read.add(node, "binary", {"input": [value], "other": [within]}, function="sub")
+
+
+@module_row(nn.Softshrink)
+def _softshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _softshrink(read, node, x, module.lambd)
+    read.note(module, "lambd")
+
+
+@row(F.tanhshrink)
+def _tanhshrink(read: Reader, node: Node, x: Any) -> None:
+    tanh = read.add(None, "activation", {"input": [read.data(x)]}, activation="tanh")
+    read.add(node, "binary", {"input": [read.data(x)], "other": [tanh]}, function="sub")
+
+
+@module_row(nn.Tanhshrink)
+def _tanhshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _tanhshrink(read, node, x)
+
+
+@row(operator.neg, torch.neg, "neg")
+def _neg(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+
+
+@row(F.hardsigmoid)
+def _hardsigmoid(read: Reader, node: Node, x: Any, inplace: bool = False) -> None:
+    above = read.add(None, "binary", {"input": [read.data(x)]}, function="add", number=3.0)
+    within = read.add(None, "activation", {"input": [above]}, activation="hardtanh(0.0,6.0)")
+    read.add(node, "binary", {"input": [within]}, function="div", number=6.0)
+
+
+@module_row(nn.Hardsigmoid)
+def _hardsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _hardsigmoid(read, node, x)
+
+
+@row(F.glu)
+def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
+    parts = [Value(()), Value(())]
+    read.lines.append(Line("split", {"input": [read.data(x)]}, parts, {"dim": dim, "chunks": 2}))
+    gate = read.add(None, "activation", {"input": [parts[1]]}, activation="sigmoid")
+    read.add(node, "binary", {"input": [parts[0]], "other": [gate]}, function="mul")
+
+
+@module_row(nn.GLU)
+def _glu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _glu(read, node, x, module.dim)
+    read.note(module, "dim")
+
+
+@row(torch.clamp, "clamp", torch.clip, "clip")
+def _clamp(read: Reader, node: Node, x: Any, min: Any = None, max: Any = None) -> None:
+    bounds = {name: one for name, one in (("min", min), ("max", max)) if one is not None}
+    if not bounds or not all(type(one) in (int, float) for one in bounds.values()):
+        raise NotANetworkError("a clamp has no bounds, or they are computed")
+    if any(isnan(one) for one in bounds.values()):
+        raise NotANetworkError("a bound of a clamp is NaN")
+    read.add(node, "clamp", {"input": [read.data(x)]}, **{name: float(one) for name, one in bounds.items()})
+
+
+@row(torch.clamp_min, "clamp_min")
+def _clamp_min(read: Reader, node: Node, x: Any, min: Any) -> None:
+    _clamp(read, node, x, min)
+
+
+@row(torch.clamp_max, "clamp_max")
+def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
+    _clamp(read, node, x, None, max)
+
+
+_UNARY = {**{getattr(torch, name): name for name in UNARY}, **{name: name for name in UNARY}, operator.abs: "abs"}
+
+
+@row(*_UNARY)
+def _unary(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "unary", {"input": [read.data(x)]}, function=_UNARY[node.target])
+
+
+@row(torch.square, "square")
+def _square(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    read.add(node, "binary", {"input": [value], "other": [value]}, function="mul")
+
+
+@row(operator.pow, torch.pow, "pow")
+def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
+    if type(exponent) not in (int, float) or exponent not in (0.5, 2, 3) or not isinstance(x, Node):
+        raise NotANetworkError("a power is no square, cube or root")
+    if exponent == 0.5:
+        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt")
+        return
+    _square(read, node, x)
+    if exponent == 3:
+        read.add(node, "binary", {"input": [read.values[node]], "other": [read.data(x)]}, function="mul")
+
+
+@row(torch.randn_like)
+def _noise(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "noise", {"input": [read.data(x)]})
+    read.draws = True
+
+
+@row(torch.softmax, F.softmax, "softmax")
+def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+    _add_softmax(read, node, x, dim, dtype, False)
+
+
+@row(torch.log_softmax, F.log_softmax, "log_softmax")
+def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+    _add_softmax(read, node, x, dim, dtype, True)
+
+
+@module_row(nn.Softmax2d)
+def _softmax_of_channels(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softmax(read, node, x, -3, None, False)
+
+
+@module_row(nn.Softmax, nn.LogSoftmax)
+def _softmax_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softmax(read, node, x, module.dim, None, isinstance(module, nn.LogSoftmax))
+    read.note(module, "dim")
+
+
+def _add_softmax(read: Reader, node: Node, x: Any, dim: Any, dtype: Any, logarithm: bool) -> None:
+    if type(dim) is not int or dtype is not None:
+        raise NotANetworkError("a softmax has no dimension, or another dtype")
+    read.add(node, "softmax", {"input": [read.data(x)]}, dim=dim, logarithm=logarithm)
+
+
+def dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
+    """The dimension of a log_softmax over the classes; None where the node is no such log_softmax."""
+    dim: Any = None
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if type(module) is nn.LogSoftmax and not has_own_call(module):
+            dim = module.dim
+    elif node.target in (F.log_softmax, torch.log_softmax, "log_softmax"):
+        given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
+        dim = given.get("dim") if given.get("dtype") is None else None
+    return dim if dim in (1, -1) and node.args else None
+
+
+_DROPOUTS_OF_CHANNELS = {getattr(F, f"dropout{d}d"): d for d in (1, 2, 3)}
+
+
+@row(*_DROPOUTS_OF_CHANNELS)
+def _dropout_of_channels(
+    read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> None:
+    read.dropout(node, read.data(x), p if training else 0.0, _DROPOUTS_OF_CHANNELS[node.target])
+
+
+@row(F.prelu, torch.prelu)
+def _prelu(read: Reader, node: Node, x: Any, weight: Any) -> None:
+    read.add(node, "prelu", {"input": [read.data(x)], "weight": [read.value(weight)]})
+
+
+@module_row(nn.PReLU)
+def _prelu_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    read.add(node, "prelu", {"input": [read.data(x)], "weight": read.own(module, "weight")})
+    read.note(module)
+
+
+@row(F.softsign)
+def _softsign(read: Reader, node: Node, x: Any) -> None:
+    _add_softsign(read, node, x)
+
+
+@module_row(nn.Softsign)
+def _softsign_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _add_softsign(read, node, x)
+    read.note(module)
+
+
+def _add_softsign(read: Reader, node: Node, x: Any) -> None:
+    value = read.data(x)
+    size = read.add(None, "unary", {"input": [value]}, function="abs")
+    size = read.add(None, "binary", {"input": [size]}, function="add", number=1.0)
+    read.add(node, "binary", {"input": [value], "other": [size]}, function="div")
