@@ -1,4 +1,4 @@
-// conv, conv_transpose and batch_norm in training.
+// conv and batch_norm in training.
 #pragma once
 
 #include <cmath>
@@ -186,35 +186,6 @@ class ConvTraining : public AnyConvTraining<T> {
   StockConvolution c_;
   Ints geometry_, steps_;  // steps_: those of a kernel of one pixel
   Tensor output_, winners_, convolved_;
-};
-
-template <class T>
-class ConvTransposeTraining : public AnyConvTraining<T> {
- public:
-  explicit ConvTransposeTraining(const ProgramLine& line)
-      : AnyConvTraining<T>(line), output_padding_(line.integers("output_padding", 0, kMostSize)) {
-    if (line.activation().kind != ActivationKind::identity) line.refuse("in training its activation is identity");
-  }
-  void forward(Tensor* outputs) override {
-    const Tensor &input = this->given[0], &weight = this->given[1];
-    const size_t dims = this->dims();
-    c_ = this->settings(dims);
-    c_.transposed = true;
-    c_.output_padding = of_each(output_padding_, dims, "output_padding");
-    FASTNN_CHECK(input.size(1) == weight.size(0) && weight.size(0) % c_.groups == 0, kTrainingStep,
-                 ": a weight of size ", to_string(weight.sizes()), " and ", c_.groups,
-                 " groups do not fit an input of size ", to_string(input.sizes()));
-    outputs[0] = convolution(input, weight, this->bias(), c_);
-  }
-  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    std::array<Tensor, 3> all = convolution_backward(gradients[0], this->given[0], this->given[1], c_,
-                                                     {wanted[0], wanted[1], this->bias_is_wanted(wanted)});
-    this->give(all, wanted, results);
-  }
-
- private:
-  Ints output_padding_;
-  StockConvolution c_;
 };
 
 // Calls body(channel, planes) for each channel of contiguous images, in parallel, where planes calls its argument with

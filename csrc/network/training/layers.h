@@ -1,6 +1,7 @@
 // The table of layers that can be trained. A layer that only trains has its row of inputs and attributes here, too.
 #pragma once
 
+#include "conv_transpose.h"
 #include "elementwise.h"
 #include "reductions.h"
 #include "shape.h"
