@@ -475,3 +475,32 @@ def test_an_input_that_changes_behind_a_layer_whose_weights_are_not_trained(kind
     torch.testing.assert_close(*gradients)
     with pytest.raises(RuntimeError, match="modified by an inplace operation: the input"):
         torch.autograd.grad(output.sum(), [first, second], create_graph=True)
+
+
+@pytest.mark.parametrize("trained", ["bias", "weight_ih", "weight_hh"])
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "RNN", "GRU"])
+def test_what_may_change_follows_from_the_weights_that_are_trained(kind: str, trained: str) -> None:
+    """The input may change where no weight of the input is trained, and h where no weight of h is."""
+    torch.manual_seed(0)
+    ours = getattr(fastnn.nn, kind)(6, 6).double()
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(trained in name)
+    sizes = ((4, 6), (4, 6)) if kind.endswith("Cell") else ((5, 4, 6), (1, 4, 6))
+    x, start = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    for changed, weight in enumerate(("weight_ih", "weight_hh")):
+        gradients = []
+        for changes in (False, True):
+            leaves = [x.clone().requires_grad_(), start.clone().requires_grad_()]
+            values = [leaf * 1 for leaf in leaves]
+            output = ours(*values)
+            output = output[0] if isinstance(output, tuple) else output
+            if changes:
+                values[changed] += 1
+                if trained == weight:
+                    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                        output.sum().backward()
+                    break
+            wanted = [*leaves, *(one for one in ours.parameters() if one.requires_grad)]
+            gradients.append(torch.autograd.grad(output.square().sum(), wanted))
+        if len(gradients) == 2:
+            torch.testing.assert_close(*gradients)

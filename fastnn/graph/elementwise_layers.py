@@ -30,15 +30,20 @@ _BINARY = {
 
 @row(*_BINARY)
 def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
-    if alpha != 1:
-        if not isinstance(x, Node) or not isinstance(y, Node) or type(alpha) not in (int, float):
-            raise NotANetworkError("a sum has a factor")
-        times = read.add(None, "binary", {"input": [read.data(y)]}, function="mul", number=float(alpha))
-        read.add(node, "binary", {"input": [read.data(x)], "other": [times]}, function=_BINARY[node.target])
-        return None
+    if "alpha" in node.kwargs:
+        return _add_with_factor(read, node, x, y, alpha)
     if x in read.sizes or y in read.sizes:
         return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
     _combine(read, node, _BINARY[node.target], x, y)
+
+
+def _add_with_factor(read: Reader, node: Node, x: Any, y: Any, alpha: Any) -> None:
+    function = _BINARY[node.target]
+    is_number = type(alpha) in (int, float) and abs(alpha) < 1e30
+    if function not in ("add", "sub") or not is_number or not isinstance(x, Node) or not isinstance(y, Node):
+        raise NotANetworkError("a sum has a factor that is no number, or numbers to add")
+    product = read.add(None, "binary", {"input": [read.data(y)]}, function="mul", number=float(alpha))
+    read.add(node, "binary", {"input": [read.data(x)], "other": [product]}, function=function)
 
 
 def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
@@ -108,35 +113,8 @@ def _logsigmoid_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 
 @row(torch.rsub)
 def _rsub(read: Reader, node: Node, x: Any, y: Any) -> None:
+    read.data(x)  # which is no number, as in torch
     _combine(read, node, "sub", y, x)
-
-
-@row(torch.logit, "logit")
-def _logit(read: Reader, node: Node, x: Any, eps: Any = None) -> None:
-    value = read.data(x)
-    if eps is not None:
-        if type(eps) is not float or not 0 <= eps <= 0.5:
-            raise NotANetworkError("the bounds of a logit are no probabilities")
-        value = read.add(None, "clamp", {"input": [value]}, min=eps, max=1 - eps)
-    rest = read.add(None, "binary", {"input": [value]}, function="sub", number=1.0, reverses=True)
-    # (Of a quotient, the gradient would be NaN at 0 and at 1, where torch's is infinite.)
-    logarithms = [read.add(None, "unary", {"input": [one]}, function="log") for one in (value, rest)]
-    read.add(node, "binary", {"input": logarithms[:1], "other": logarithms[1:]}, function="sub")
-
-
-@row(F.softshrink)
-def _softshrink(read: Reader, node: Node, x: Any, lambd: Any = 0.5) -> None:
-    if type(lambd) not in (int, float) or not lambd >= 0:
-        raise NotANetworkError("a softshrink's bound is negative, or no number")
-    value = read.data(x)
-    within = read.add(None, "clamp", {"input": [value]}, min=-float(lambd), max=float(lambd))
-    read.add(node, "binary", {"input": [value], "other": [within]}, function="sub")
-
-
-@module_row(nn.Softshrink)
-def _softshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
-    _softshrink(read, node, x, module.lambd)
-    read.note(module, "lambd")
 
 
 @row(F.tanhshrink)

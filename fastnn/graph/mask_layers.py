@@ -4,7 +4,7 @@ computes is 1 where torch has True, else 0."""
 from __future__ import annotations
 
 import operator
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
@@ -123,6 +123,25 @@ def _hardshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
     read.note(module, "lambd")
 
 
+@row(F.softshrink)
+def _softshrink(read: Reader, node: Node, x: Any, lambd: Any = 0.5) -> None:
+    given, bound = read.data(x), _number(read, lambd)
+    if not 0 <= bound < inf:
+        raise NotANetworkError("a softshrink's bound is no size")
+    size = read.add(None, "unary", {"input": [given]}, function="abs")
+    is_small = read.add(None, "binary", {"input": [size]}, function="le", number=bound)
+    within = read.add(None, "clamp", {"input": [given]}, min=-bound, max=bound)
+    rest = read.add(None, "binary", {"input": [given], "other": [within]}, function="sub")
+    # (Without the choice, an infinite gradient of a small element would be infinity minus infinity.)
+    read.add(node, "where", {"condition": [is_small], "other": [rest]}, number=0.0)
+
+
+@module_row(nn.Softshrink)
+def _softshrink_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _softshrink(read, node, x, module.lambd)
+    read.note(module, "lambd")
+
+
 @row(F.celu, torch.celu)
 def _celu(read: Reader, node: Node, x: Any, alpha: Any = 1.0, inplace: bool = False) -> None:
     given, scale = read.data(x), _number(read, alpha)
@@ -155,26 +174,40 @@ def _number(read: Reader, given: Any) -> float:
 
 @row("float", "double", "to", "type_as")
 def _converted(read: Reader, node: Node, x: Any, kind: Any = None) -> None:
-    """A conversion to the network's own dtype: of booleans, or of numbers, which have it already."""
-    is_mask = read.is_boolean(x)
-    value = read.boolean(x) if is_mask else read.data(x)
+    """A conversion to the network's own dtype: of booleans, or of numbers that the network has computed in that dtype,
+    which stay as they are."""
+    if not read.is_boolean(x):
+        value = read.data(x)
+        _check_computed(read, value)
+        _check_kind(read, node, kind, takes_inputs=False)
+        read.values[node] = value
+        return
+    value = read.boolean(x)
+    _check_kind(read, node, kind, takes_inputs=True)
+    read.add_of_booleans(node, "binary", {"input": [value]}, function="mul", number=1.0)
+
+
+def _check_kind(read: Reader, node: Node, kind: Any, *, takes_inputs: bool) -> None:
+    """Raises unless a conversion is to the network's dtype. takes_inputs: whether it may be that of an input, which has
+    the network's dtype, or the network refuses it where a layer takes it."""
     kind = {"float": torch.float32, "double": torch.float64}.get(str(node.target), kind)
     if isinstance(kind, Node):
         is_dtype = kind.target is getattr and kind.args[1] == "dtype"
         if node.target != "type_as" and not is_dtype:
             raise NotANetworkError("a tensor is converted to what no network knows")
-        like = read.data(kind.args[0] if is_dtype else kind)  # holds numbers of the network's dtype, or is refused
-        is_computed = like not in read.booleans and any(like in line.outputs for line in read.lines)
-        if not is_mask and not is_computed:
-            raise NotANetworkError("a tensor is converted to the dtype of what no network has computed")
+        like = read.data(kind.args[0] if is_dtype else kind)
+        if not takes_inputs:
+            _check_computed(read, like)
     elif kind is None or kind is not read.dtype():
         raise NotANetworkError("a tensor is converted to another dtype than the network's")
-    elif not is_mask:
-        read.note_dtype()
-    if is_mask:
-        read.add_of_booleans(node, "binary", {"input": [value]}, function="mul", number=1.0)
     else:
-        read.values[node] = value
+        read.note_dtype()
+
+
+def _check_computed(read: Reader, value: Value) -> None:
+    """Raises unless a value is known to have the network's dtype because a layer of the network gives it."""
+    if value in read.booleans or not any(value in line.outputs for line in read.lines):
+        raise NotANetworkError("a tensor has the dtype of what no network has computed")
 
 
 def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def has_side_effects(line: Line) -> bool:
 
 
 def written(line: Line) -> list[Value]:
-    """The running mean that a line changes, if it changes one."""
-    return line.inputs.get("mean", []) if line.layer == "batch_norm" and line.attributes["trains"] else []
+    """The running statistics that a line changes."""
+    if line.layer != "batch_norm" or not line.attributes["trains"]:
+        return []
+    return [*line.inputs.get("mean", []), *line.inputs.get("variance", [])]
 
 
 def draws(line: Line | TextLine) -> bool:
@@ -112,7 +115,7 @@ class Reader:
         self.ranges: dict[Node, tuple[Any, bool]] = {}
         # Of a node that is many times one number: the inputs and attributes of its line, which each use makes anew.
         self.constants: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
-        self.parts: dict[Node, Any] = {}
+        self.parts: dict[Node, Any] = {}  # by an index: a list, or a dict of the parts that are taken
         self.shapes: dict[Node, Value] = {}
         self.tails: dict[Node, tuple[Value, int]] = {}
         # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
@@ -364,21 +367,33 @@ class Reader:
         self, node: Node | None, layer: str, inputs: dict[str, list[Value]], /, **attributes: Any
     ) -> Value:
         """The same for a layer that is right for booleans that are 1 and 0."""
-        if layer == "batch_norm":
-            self._check_statistics(inputs.get("mean", []), attributes["trains"])
         result = Value(())
-        self.lines.append(Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes))
+        line = Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes)
+        self._check_statistics(written(line))
+        self.lines.append(line)
         if node is not None:
             self.values[node] = result
         return result
 
-    def _check_statistics(self, mean: Sequence[Value], trains: bool) -> None:
-        """A network writes running statistics when all its layers have run, so that a norm may not read what another
-        one has written. Two that only write them add up, in the order of their lines."""
-        for line in self.lines:
-            is_same = line.layer == "batch_norm" and mean and line.inputs.get("mean") == mean
-            if is_same and trains != line.attributes["trains"]:
-                raise NotANetworkError("a batch norm reads running statistics that another one writes")
+    def _check_statistics(self, written: Sequence[Value]) -> None:
+        """A network writes running statistics when all its layers have run. Norms that write the same tensors add up
+        in the order of their calls; but no other may read these tensors, or have views of them."""
+        known = {id(value.tensor) for value in written}
+        for value in written:
+            for module, held in self._buffers.get(_memory(value.tensor), ()):
+                if id(held) not in known or not module.training:
+                    raise NotANetworkError("what a batch norm writes is read by another, or has views")
+
+    @cached_property
+    def _buffers(self) -> dict[int, list[tuple[nn.Module, Tensor]]]:
+        """The buffers of the model's modules, by where their memory begins."""
+        found: dict[int, list[tuple[nn.Module, Tensor]]] = {}
+        for module in dict.fromkeys(self.modules.values()):
+            for held in module._buffers.values():
+                if held is not None:
+                    found.setdefault(_memory(held), []).append((module, held))
+        found.pop(0, None)  # of those without memory
+        return found
 
     def note(self, module: nn.Module, *names: str) -> None:
         """Notes in the guard that the program depends on the module and on these attributes of it."""
@@ -509,6 +524,11 @@ class Reader:
         )  # fmt: skip
         if settings["training"] and tracked and module.num_batches_tracked is not None:
             self.counters.append((module._buffers, "num_batches_tracked"))
+
+
+def _memory(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 where it has none that could be told."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) is Tensor and tensor.layout is torch.strided else 0
 
 
 def _is_float(parameter: Tensor | None) -> bool:

@@ -322,7 +322,8 @@ def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
 
 @row(torch.unbind, "unbind")
 def _unbind(read: Reader, node: Node, x: Any, dim: int = 0) -> None:
-    if any(user.target is not operator.getitem or type(user.args[1]) is not int for user in node.users):
+    takes_parts = all(user.target is operator.getitem and type(user.args[1]) is int for user in node.users)
+    if not node.users or not takes_parts:
         return _add_split(read, node, x, dim, unbind=True)
     places = dict.fromkeys(user.args[1] for user in node.users)
     read.parts[node] = {

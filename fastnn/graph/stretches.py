@@ -286,8 +286,9 @@ class _Reading:
             else:
                 if reader.draws:
                     level = last_drawn = max(level, last_drawn, first_free)
-                for mean in [value for line in reader.lines[count:] for value in written(line)]:
-                    level = last_written[mean] = max(level, last_written.get(mean, 0))
+                changed = [value for line in reader.lines[count:] for value in written(line)]
+                level = max([level, *(last_written.get(value, 0) for value in changed)])
+                last_written.update(dict.fromkeys(changed, level))
                 self._note(node, reader.lines[count:], level)
                 if reader.counters[counted:]:
                     self.stretches[level].counters += reader.counters[counted:]

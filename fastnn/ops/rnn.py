@@ -315,16 +315,19 @@ class Rnn(torch.autograd.Function):
         )
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
-        # Stock saves what is multiplied by a trained weight, or a copy of it where the batch is first. What backward
-        # reads of the rest is saved as a copy, or without a check of its version, because the caller may change it in
-        # place. A second derivative needs the tensors themselves, with their histories.
+        # Stock saves what is multiplied by a trained weight, or a copy of the input where the batch is first. The rest
+        # may change in place, so that it is saved without a check of its version: the input, of which backward reads no
+        # more than its sizes then, and h, of which it reads the values, as a copy. `originals` has the tensors
+        # themselves, for second derivatives, by their places among the input and `tensors`.
         ctx.originals = {}
-        trained = any(weight.requires_grad for weight in tensors[states:])
-        if config[3] or not trained:
-            if input.requires_grad or not trained:
+        each = len(tensors[states:]) // (config[1] * (2 if config[2] else 1))  # weights of a direction
+        of_input, of_h = tensors[states::each][: 2 if config[2] else 1], tensors[states + 1 :: each]
+        trains_input_weights = any(weight.requires_grad for weight in of_input)
+        if config[3] or not trains_input_weights:
+            if input.requires_grad or not trains_input_weights:
                 ctx.originals[0] = (input, input._version)
-            input = input.clone() if trained else input.data
-        if states and not trained:
+            input = input.clone() if trains_input_weights else input.data
+        if states and not any(weight.requires_grad for weight in of_h):
             ctx.originals[1] = (tensors[0], tensors[0]._version)
             tensors = (tensors[0].clone(), *tensors[1:])
         ctx.save_for_backward(output, reserve, input, batch_sizes, masks, *tensors)

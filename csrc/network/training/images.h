@@ -351,10 +351,10 @@ class BatchNormTraining : public TrainingLayer<T> {
     T* const running_variance = mutable_data<T>(this->given[place_[1]]);
     // What another norm, or this one at an earlier call, has written meanwhile is kept in part, too.
     const T momentum = static_cast<T>(momentum_), kept = 1 - momentum;
-    if (new_statistics_[0].defined()) {
+    if (added_statistics_[0].defined()) {
       for (int64_t c = 0; c < mean_.numel(); ++c) {
-        running_mean[c] = data<T>(new_statistics_[0])[c] + kept * running_mean[c];
-        running_variance[c] = data<T>(new_statistics_[1])[c] + kept * running_variance[c];
+        running_mean[c] = data<T>(added_statistics_[0])[c] + kept * running_mean[c];
+        running_variance[c] = data<T>(added_statistics_[1])[c] + kept * running_variance[c];
       }
       return;
     }
@@ -367,7 +367,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   void release() override { output_ = winners_ = Tensor(); }
   void forget() override {
     for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_}) *tensor = Tensor();
-    for (Tensor& statistic : new_statistics_) statistic = Tensor();
+    for (Tensor& statistic : added_statistics_) statistic = Tensor();
   }
 
  private:
@@ -377,9 +377,9 @@ class BatchNormTraining : public TrainingLayer<T> {
     OptionalTensor running[2];
     for (size_t i = 0; i < 2; ++i) {
       if (!place_[i]) continue;
-      new_statistics_[i] = new_like<T>(this->given[place_[i]]);
-      std::fill_n(mutable_data<T>(new_statistics_[i]), new_statistics_[i].numel(), T(0));
-      running[i] = optional(new_statistics_[i]);
+      added_statistics_[i] = new_like<T>(this->given[place_[i]]);
+      std::fill_n(mutable_data<T>(added_statistics_[i]), added_statistics_[i].numel(), T(0));
+      running[i] = optional(added_statistics_[i]);
     }
     auto all = stock_results<3>("aten::native_batch_norm", "", this->given[0], parameter(2), parameter(3), running[0],
                                 running[1], true, momentum_, eps_);
@@ -505,7 +505,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel
-  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_, new_statistics_[2];
+  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_, added_statistics_[2];
 };
 
 }  // namespace fastnn
