@@ -2,6 +2,7 @@
 refuses is refused, and what changes between calls is seen."""
 
 import copy
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -188,6 +189,10 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "a factor of a product": lambda x: torch.mul(x, x, alpha=2),
     "a factor of booleans": lambda x: torch.add(x, x, alpha=True),
     "a factor beyond float32": lambda x: x.add(x, alpha=10**40),
+    "a sum in place that would grow": lambda x: (x[0] * 1).add_(x),
+    "a product in place that would grow": lambda x: (x[:, :1] * 1).mul_(x),
+    "a difference in place that would grow": lambda x: operator.isub(x[:1] * 1, x),
+    "a sum in place that fits": lambda x: (x * 1).add_(x[:1]).sub_(x[0], alpha=2),
     "a number to take from": lambda x: torch.rsub(2.0, x),
     "a softshrink of infinity": lambda x: F.softshrink(x, float("inf")),
 }
@@ -206,6 +211,33 @@ def test_what_is_near_and_stays_torchs(name: str, records: bool) -> None:
                 fused(x)
         else:
             torch.testing.assert_close(fused(x), expected)
+
+
+class Residual(nn.Module):
+    """A norm to which something is added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.norm(self.conv(x))
+        h += y
+        return torch.relu(h)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_added_to_a_norm_in_place_may_not_grow_it(layout: torch.memory_format) -> None:
+    model = Residual()
+    fused, x = fastnn.fuse(copy.deepcopy(model)), torch.randn(1, 3, 7, 7).to(memory_format=layout)
+    for batch, fits in ((1, True), (2, False), (1, True)):
+        y = torch.randn(batch, 4, 5, 5).to(memory_format=layout)
+        if fits:
+            torch.testing.assert_close(fused(x, y), model(x, y))
+            continue
+        for own in (model, fused):
+            with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+                own(x, y)
 
 
 def test_an_infinite_gradient_of_a_small_element() -> None:

@@ -34,19 +34,20 @@ def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None
         return _add_with_factor(read, node, x, y, alpha)
     if x in read.sizes or y in read.sizes:
         return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
-    _combine(read, node, _BINARY[node.target], x, y)
+    _combine(read, node, _BINARY[node.target], x, y, in_place=str(node.target).endswith("_"))
 
 
 def _add_with_factor(read: Reader, node: Node, x: Any, y: Any, alpha: Any) -> None:
-    function = _BINARY[node.target]
+    function, in_place = _BINARY[node.target], str(node.target).endswith("_")
     is_number = type(alpha) in (int, float) and abs(alpha) < 1e30
     if function not in ("add", "sub") or not is_number or not isinstance(x, Node) or not isinstance(y, Node):
         raise NotANetworkError("a sum has a factor that is no number, or numbers to add")
     product = read.add(None, "binary", {"input": [read.data(y)]}, function="mul", number=float(alpha))
-    read.add(node, "binary", {"input": [read.data(x)], "other": [product]}, function=function)
+    inputs = {"input": [read.data(x)], "other": [product]}
+    read.add(node, "binary", inputs, function=function, **({"in_place": True} if in_place else {}))
 
 
-def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
+def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_place: bool = False) -> None:
     reverses = not isinstance(x, Node)
     if reverses:
         x, y = y, x
@@ -55,7 +56,7 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any) -> None:
     if isinstance(y, Node):
         first, second = read.operands(x, y, takes_booleans=function != "sub")
         inputs = {"input": [first], "other": [second]}
-        read.add_of_booleans(node, "binary", inputs, function=function)
+        read.add_of_booleans(node, "binary", inputs, function=function, **({"in_place": True} if in_place else {}))
         return
     inputs = {"input": [read.data(x)]}
     if type(y) in (int, float):
@@ -76,7 +77,7 @@ _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 def _in_place(read: Reader, node: Node, operation: str, x: Any, y: Any) -> None:
     if operation not in _IN_PLACE:
         raise NotANetworkError(f"{operation} is no layer of a network")
-    _combine(read, node, _IN_PLACE[operation], x, y)
+    _combine(read, node, _IN_PLACE[operation], x, y, in_place=True)
 
 
 @row(operator.floordiv)

@@ -159,7 +159,10 @@ def _binary(line: TextLine, taken: Taken) -> list[Tensor]:
     other: Any = _one(taken, "other") if "other" in taken else torch.full_like(x, line["number"])
     x, other = parse_one(line["input_activation"])(x), parse_one(line["other_activation"])(other)
     first, second = (other, x) if line["reverses"] else (x, other)
-    return [parse_one(line["activation"])(getattr(torch, line["function"])(first, second))]
+    result = getattr(torch, line["function"])(first, second)
+    if line["in_place"] and result.shape != x.shape:
+        raise RuntimeError(f"output with shape {[*x.shape]} doesn't match the broadcast shape {[*result.shape]}")
+    return [parse_one(line["activation"])(result)]
 
 
 def _where(line: TextLine, taken: Taken) -> list[Tensor]:

@@ -159,6 +159,7 @@ class BinaryLayer : public Layer<T> {
       number_ = static_cast<T>(line.real("number"));
     }
     reverses_ = line.flag("reverses");
+    in_place_ = line.flag("in_place");
     of_inputs_[0] = line.activation("input_activation");
     of_inputs_[1] = line.activation("other_activation");
     for (const Activation& activation : of_inputs_) {
@@ -169,7 +170,10 @@ class BinaryLayer : public Layer<T> {
   bool reads_parts() const override { return true; }
 
   void set_sizes(Site<T>& site) const override {
-    site.outputs[0].sizes = site.inputs.size() > 1 ? broadcast_sizes(site.sizes(0), site.sizes(1)) : site.sizes(0);
+    Ints& sizes = site.outputs[0].sizes;
+    sizes = site.inputs.size() > 1 ? broadcast_sizes(site.sizes(0), site.sizes(1)) : site.sizes(0);
+    FASTNN_CHECK(!in_place_ || sizes == site.sizes(0), "output with shape ", to_string(site.sizes(0)),
+                 " doesn't match the broadcast shape ", to_string(sizes));
   }
 
   void run(const LayerCall<T>& call) const override {
@@ -192,6 +196,7 @@ class BinaryLayer : public Layer<T> {
   BinaryKind kind_;
   T number_ = 0;
   bool reverses_;            // the second operand comes first
+  bool in_place_;            // the model writes the result to the first input, which it must not outgrow
   Activation of_inputs_[2];  // of the operands, before they are combined
   Activation activation_;
 };
@@ -281,6 +286,7 @@ inline LayerEntry binary_entry() {
                                   {{"function", "text", nullptr},
                                    {"number", "float", "0"},
                                    {"reverses", "bool", "0"},
+                                   {"in_place", "bool", "0"},
                                    {"input_activation", "activation", "identity"},
                                    {"other_activation", "activation", "identity"},
                                    {"activation", "activation", "identity"}});

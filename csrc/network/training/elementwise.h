@@ -154,10 +154,17 @@ class FunctionTraining : public UnaryTraining<T> {
   Tensor output_;
 };
 
+// Fails where the result of an operation in place has other sizes than what it is written to.
+inline void check_fits(const Tensor& result, const Tensor& written) {
+  FASTNN_CHECK(same_sizes(result, written), kTrainingStep, ": output with shape ", to_string(written.sizes()),
+               " doesn't match the broadcast shape ", to_string(result.sizes()));
+}
+
 template <class T>
 class BinaryTraining : public TrainingLayer<T> {
  public:
-  explicit BinaryTraining(const ProgramLine& line) : kind_(binary_kind(line)), reverses_(line.flag("reverses")) {
+  explicit BinaryTraining(const ProgramLine& line)
+      : kind_(binary_kind(line)), reverses_(line.flag("reverses")), in_place_(line.flag("in_place")) {
     this->inputs = {line.input("input")};
     this->take(line, {"other"});
     if (this->inputs.size() == 1) number_ = static_cast<T>(line.real("number"));
@@ -169,9 +176,12 @@ class BinaryTraining : public TrainingLayer<T> {
   // Whether the layer is the sum of two values, and which of them comes first.
   bool adds() const { return kind_ == BinaryKind::add && this->inputs.size() == 2; }
   size_t left() const { return reverses_ ? 1 : 0; }
+  // Whether the model writes the result to the first input, which it must not outgrow.
+  bool in_place() const { return in_place_; }
   void forward(Tensor* outputs) override {
     outputs[0] = this->given.size() == 1 ? combined<T>(kind_, this->given[0], number_, reverses_)
                                          : combined<T>(kind_, first(), second());
+    if (in_place_) check_fits(outputs[0], this->given[0]);
     output_ = outputs[0].borrow();
   }
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
@@ -233,6 +243,7 @@ class BinaryTraining : public TrainingLayer<T> {
   BinaryKind kind_;
   T number_ = 0;
   bool reverses_;  // the second operand comes first
+  bool in_place_;
   Tensor output_;
 };
 

@@ -267,6 +267,7 @@ class BatchNormTraining : public TrainingLayer<T> {
     if (!sum || !sum->adds() || addend_) return false;
     addend_ = this->inputs.size();
     addend_comes_first_ = sum->left() != which;
+    adds_in_place_ = sum->in_place();
     this->inputs.push_back(sum->inputs[1 - which]);
     return true;
   }
@@ -394,6 +395,7 @@ class BatchNormTraining : public TrainingLayer<T> {
       const Tensor& addend = this->given[addend_];
       output = addend_comes_first_ ? combined<T>(BinaryKind::add, addend, output)
                                    : combined<T>(BinaryKind::add, output, addend);
+      if (adds_in_place_) check_fits(output, addend_comes_first_ ? addend : this->given[0]);
     }
     if (!activates()) return;
     output_ = std::move(activated<T>(activation_, output)[0]);
@@ -501,7 +503,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   // How this step runs: as a convolution with a pool, in one pass, or the norm and what follows it one by one.
   enum class Way { by_pool, in_one_pass, apart } way_ = Way::apart;
   size_t addend_ = 0;  // which of the inputs is added to what is normalized; 0 where none is
-  bool addend_comes_first_ = false;
+  bool addend_comes_first_ = false, adds_in_place_ = false;
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel
