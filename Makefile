@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help build docs examples test test-integrations fuzz-semantics fuzz-networks lint format bench bench-conv bench-layers bench-rnn \
+.PHONY: help build docs examples test test-integrations fuzz-semantics fuzz-networks fuzz-models fuzz-upstream lint format bench bench-conv bench-layers bench-rnn \
     bench-mlp bench-frozen bench-zoo bench-step bench-epoch bench-memory bench-scaling bench-overhead bench-processes results \
     sweep-conv sweep-mlp wheel wheels clean
 
@@ -37,6 +37,9 @@ fuzz-networks: $(VENV)/test.stamp  ## Run thousands of random networks against t
 
 fuzz-models: $(VENV)/test.stamp  ## Compare hundreds of random models, fused, with themselves (ARGS=, ten seconds)
 	$(RUN) tests/random_models.py $(ARGS)
+
+fuzz-upstream: $(VENV)/test.stamp  ## Run every function of torch in a fused model, on PyTorch's own samples (ARGS=, six minutes)
+	$(RUN) tests/upstream_samples.py $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## Check style and types
 	$(RUN) -m ruff check .

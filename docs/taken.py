@@ -100,6 +100,7 @@ MODELS: dict[str, Row] = {
     "Conv2d, PReLU": _chain(_IMAGES, _conv(), nn.PReLU),
     "Conv2d with reflect padding, ReLU": _chain(_IMAGES, _conv(padding=1, padding_mode="reflect"), nn.ReLU),
     "Conv2d with weight_norm, ReLU": _chain(_IMAGES, lambda: parametrizations.weight_norm(_conv()()), nn.ReLU),
+    "Conv2d with spectral_norm, ReLU": _chain(_IMAGES, lambda: parametrizations.spectral_norm(_conv()()), nn.ReLU),
     "Conv2d, ReLU, AvgPool2d": _chain(_IMAGES, _conv(), nn.ReLU, lambda: nn.AvgPool2d(2)),
     "Conv2d, ReLU, AdaptiveAvgPool2d, Flatten, Linear": _chain(
         _IMAGES, _conv(), nn.ReLU, lambda: nn.AdaptiveAvgPool2d(1), nn.Flatten, _linear(4, 2)

@@ -201,7 +201,8 @@ def test_every_kind_of_layer_that_is_read_is_in_a_row() -> None:
         ("a residual block of Conv2d and ReLU", ["`conv_relu_max_pool` and torch's own", "one call"]),
         ("MultiheadAttention", ["torch's own"]),
         ("ConvTranspose2d, ReLU", ["torch's own", "one call", "one call", "torch's own"]),
-        ("Conv2d with weight_norm, ReLU", ["`conv_relu_max_pool`", "one call", "the ordinary way"]),
+        ("Conv2d with weight_norm, ReLU", ["`conv_relu_max_pool`", "one call", "one call"]),
+        ("Conv2d with spectral_norm, ReLU", ["torch's own", "one call", "the ordinary way"]),
     ],
 )
 def test_what_entries_make_of_a_model(name: str, answers: list[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import random_models
 import torch
 import torch.nn.functional as F
+import upstream_samples
 from fusing import run_and_list
 from test_training_networks import CASES, MODELS, By, OfTwo
 from torch import Tensor, nn
@@ -1138,3 +1139,12 @@ def test_a_gradient_whose_sign_is_turned_lazily() -> None:
     results = [torch.autograd.grad(own(x), list(own.parameters()), gradient) for own in (model, fused)]
     assert "one function" in str(fastnn.explain(fused))
     assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own functions, about their arguments
+def test_functions_of_torch_on_upstreams_samples() -> None:
+    for name, info, sample in upstream_samples.samples(every=12, most=4):
+        try:
+            upstream_samples.check(info, sample)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from random_networks import check_training
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
 import fastnn
@@ -385,6 +387,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         (3, 3, 6, 5),
     ),
     "pairs": (Pairs, (5, 8)),
+    "weight norms": (
+        lambda: nn.Sequential(
+            weight_norm(nn.Conv2d(3, 8, 3)),
+            *(nn.ReLU(), nn.MaxPool2d(2), weight_norm(nn.ConvTranspose2d(8, 4, 2, 2), dim=1), nn.Flatten()),
+            *(weight_norm(nn.Linear(256, 6), dim=None), nn.Tanh(), weight_norm(nn.Linear(6, 6), dim=1)),
+        ),
+        (3, 3, 10, 11),
+    ),
     "statistics": (lambda: By(_statistics, a=nn.Linear(8, 6), b=nn.Linear(24, 5)), (4, 7, 8)),
     "gate": (
         lambda: By(
@@ -1014,3 +1024,38 @@ class TestPlainConvolutions:
 @pytest.mark.parametrize("seed", range(200))
 def test_random_networks(seed: int) -> None:
     check_training(seed)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.5
+
+
+@pytest.mark.parametrize("change", ["another parametrization", "another dimension", "none any more"])
+def test_a_weight_norm_that_changes_between_steps(change: str) -> None:
+    models = []
+    for _ in range(2):  # (Copies have one class in common, from which torch takes what computes the weight.)
+        torch.manual_seed(0)
+        layer = weight_norm(nn.Linear(6, 6))
+        models.append(nn.Sequential(layer, nn.Tanh(), layer))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    step, x, target = fastnn.training_step(models[1], nn.MSELoss(), optimizers[1]), torch.randn(5, 6), torch.randn(5, 6)
+    for changes in range(3):
+        for _ in range(2):
+            optimizers[0].zero_grad()
+            loss = F.mse_loss(models[0](x), target)
+            loss.backward()
+            optimizers[0].step()
+            torch.testing.assert_close(step(x, target), loss.detach())
+        assert changes or step.explain().startswith("one operator call")
+        for model in models:
+            parts = model[0].parametrizations.weight if hasattr(model[0], "parametrizations") else None
+            if change == "another parametrization":
+                parametrize.register_parametrization(model[0], "weight", Halved())
+            elif change == "another dimension":
+                parts[0].dim = -1 if parts[0].dim == 0 else 0
+                parts.original0 = nn.Parameter(torch.ones(()) if parts[0].dim == -1 else torch.ones(6, 1))
+            elif parts is not None:
+                parametrize.remove_parametrizations(model[0], "weight")
+        for optimizer, model in zip(optimizers, models, strict=True):
+            optimizer.param_groups[0]["params"] = list(model.parameters())

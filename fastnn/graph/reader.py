@@ -89,7 +89,7 @@ class Reader:
     """Reads nodes in the graph's order. `values`: what each node's result is in the program; `parts`: of a node with
     several results, these, nested as torch gives them; `shapes`: of a node that gives a tensor's sizes, the tensor;
     `tails`: of a node that gives its last sizes, the tensor and the first of these dimensions.
-    prologue: which nodes torch computes before. takes_computed: whether parameters may be computed, as weight_norm
+    prologue: which nodes torch computes before. takes_computed: whether torch computes parameters first, as weight_norm
     computes them; `computed` has their names."""
 
     def __init__(
@@ -129,6 +129,7 @@ class Reader:
         self.draws = False
         self._moves = False  # whether the node that is being read only moves elements
         self._weights: dict[int, Value] = {}  # by the tensor's id
+        self._normed_weights: dict[tuple[nn.Module, str], Value] = {}
 
     def read(self, node: Node) -> None:
         if node.op == "get_attr":
@@ -340,8 +341,10 @@ class Reader:
         return []
 
     def _computed(self, module: nn.Module, name: str) -> Value:
-        if not self._takes_computed or not is_parametrized(module, name) or not computes_only(module):
+        if not is_parametrized(module, name) or not computes_only(module):
             raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        if not self._takes_computed:
+            return self._normed(module, name)
         path = next(path for path, one in self.modules.items() if one is module)
         target = f"{path}.{name}" if path else name
         known = next((value for value, other in self.computed.items() if other == target), None)
@@ -349,6 +352,28 @@ class Reader:
             known = Value(())
             self.computed[known] = target
         return known
+
+    def _normed(self, module: Any, name: str) -> Value:
+        """A parameter that weight_norm computes: v * (g / the norm of v over all dimensions but one)."""
+        if (known := self._normed_weights.get((module, name))) is not None:
+            return known
+        parts = module.parametrizations[name]
+        norm = parts[0]
+        v, g = (self.tensor_of_model(parts._parameters, f"original{i}") for i in (1, 0))
+        if len(parts) != 1 or type(norm).__name__ != "_WeightNorm" or not -1 <= norm.dim < len(v.sizes):
+            raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        for one in (module.parametrizations, parts, norm):
+            self.guard.note_layer(one)
+            self.guard.note_contents(one._modules)
+        self.guard.note_settings(norm, ["dim"])
+        dims = [dim for dim in range(len(v.sizes)) if dim != norm.dim]  # (-1 stands for no dimension)
+        squares = self.add(None, "binary", {"input": [v], "other": [v]}, function="mul")
+        sums = self.add(None, "mean", {"input": [squares]}, dims=dims, keepdim=norm.dim >= 0, sums=True)
+        length = self.add(None, "unary", {"input": [sums]}, function="root")
+        factor = self.add(None, "binary", {"input": [g], "other": [length]}, function="div")
+        weight = self.add(None, "binary", {"input": [v], "other": [factor]}, function="mul")
+        self._normed_weights[module, name] = weight
+        return weight
 
     def optional(self, node: Any) -> list[Value]:
         return [] if node is None else [self.value(node)]
