@@ -359,9 +359,9 @@ class Reader:
             return known
         parts = module.parametrizations[name]
         norm = parts[0]
-        v, g = (self.tensor_of_model(parts._parameters, f"original{i}") for i in (1, 0))
-        if len(parts) != 1 or type(norm).__name__ != "_WeightNorm" or not -1 <= norm.dim < len(v.sizes):
+        if len(parts) != 1 or type(norm).__name__ != "_WeightNorm" or norm.dim < -1:
             raise NotANetworkError(f"a parameter of a {type(module).__name__} is computed from something else")
+        v, g = (self.tensor_of_model(parts._parameters, f"original{i}") for i in (1, 0))
         for one in (module.parametrizations, parts, norm):
             self.guard.note_layer(one)
             self.guard.note_contents(one._modules)

@@ -69,10 +69,11 @@ class ConvTransposeTraining : public AnyConvTraining<T> {
     }
     check_product(kTrainingStep, sizes.batch, product(output_sizes, 1, output_sizes.size()), sizes.in_channels,
                   sizes.taps());
-    const OptionalTensor bias = this->bias();
-    FASTNN_CHECK(!bias || (bias->dim() == 1 && bias->numel() == sizes.out_channels && bias->is_contiguous()),
-                 kTrainingStep, ": expected a bias of ", sizes.out_channels, " elements");
-    const TransposedProduct<T> product_of(sizes, kernels, bias ? data<T>(*bias) : nullptr, kIdentity);
+    const bool has_bias = this->given.size() > 2;
+    const Tensor bias = has_bias ? dense(this->given[2]) : Tensor();
+    FASTNN_CHECK(!has_bias || (bias.dim() == 1 && bias.numel() == sizes.out_channels), kTrainingStep,
+                 ": expected a bias of ", sizes.out_channels, " elements");
+    const TransposedProduct<T> product_of(sizes, kernels, has_bias ? data<T>(bias) : nullptr, kIdentity);
     const Scratch<T> packed(product_of.weight_size() + product_of.packed_size());
     product_of.turn(data<T>(weight), packed.get());
     product_of.pack(packed.get(), packed.get() + product_of.weight_size());
