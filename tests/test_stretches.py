@@ -998,69 +998,34 @@ def test_a_layer_runs_although_nobody_takes_its_result(make: Callable[[], nn.Mod
 
 
 class SharedNorms(nn.Module):
-    """Two batch norms with the same running statistics, or one that is called twice."""
+    """A batch norm is called twice, and between the calls another one that has memory in common with it."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        first, second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        first, second = (nn.BatchNorm1d(6, momentum=momentum) for momentum in (0.5, 0.6))
         if kind == "a dict":
             second._buffers = first._buffers
-        elif kind == "a tensor":
+        elif kind == "both, and one reads":
+            second.eval()
+            second.running_mean, second.running_var = first.running_mean, first.running_var
+        elif kind == "the mean":
             second.running_mean = first.running_mean
+        elif kind == "the variance":
+            second.running_var = first.running_var
+        elif kind == "a view":
+            second.running_mean = first.running_mean[:]
         self.norms = nn.ModuleList([first, first if kind == "a module" else second])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = torch.relu(norm(layer(x)))
-        return self.layers[2](x)
-
-
-@pytest.mark.parametrize("kind", ["a dict", "a tensor", "a module"])
-def test_norms_that_share_statistics(kind: str) -> None:
-    torch.manual_seed(0)
-    model, x, target = SharedNorms(kind), torch.randn(7, 6), torch.randn(7, 6)
-    fused, trained = fastnn.fuse(copy.deepcopy(model)), copy.deepcopy(model)
-    step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.0))
-    for _ in range(2):
-        wanted = model(x)
-        assert_close(fused(x), wanted)
-        assert_close(step(x, target), F.mse_loss(wanted, target).detach())
-    for own in (fused, trained):
-        assert_close(dict(own.named_buffers()), dict(model.named_buffers()))
-
-
-def _one_reads(norms: nn.ModuleList) -> None:
-    norms[1].eval()
-    norms[1].running_mean, norms[1].running_var = norms[0].running_mean, norms[0].running_var
-
-
-def _variance_alone(norms: nn.ModuleList) -> None:
-    norms[1].running_var, norms[1].momentum = norms[0].running_var, 0.6
-
-
-def _a_view(norms: nn.ModuleList) -> None:
-    norms[1].running_mean = norms[0].running_mean[:]
-
-
-class ReadNorms(nn.Module):
-    """A norm is called twice, and between the calls another one that has the same memory."""
-
-    def __init__(self, share: Callable[[nn.ModuleList], None]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(6, momentum=0.5) for _ in range(2))
-        share(self.norms)
 
     def forward(self, x: Tensor) -> Tensor:
         first, other, last = (layer(x) for layer in self.layers)
         return self.norms[0](first.cumsum(0)) + self.norms[1](torch.relu(other)) + self.norms[0](last)
 
 
-@pytest.mark.parametrize("share", [_one_reads, _variance_alone, _a_view])
-def test_a_norm_that_reads_what_another_writes(share: Callable[[nn.ModuleList], None]) -> None:
+@pytest.mark.parametrize("kind", ["a dict", "a module", "both, and one reads", "the mean", "the variance", "a view"])
+def test_norms_that_share_statistics(kind: str) -> None:
     torch.manual_seed(0)
-    model, x, target = ReadNorms(share), torch.randn(7, 6), torch.randn(7, 6)
+    model, x, target = SharedNorms(kind), torch.randn(7, 6), torch.randn(7, 6)
     fused, trained = fastnn.fuse(copy.deepcopy(model)), copy.deepcopy(model)
     step = fastnn.training_step(trained, nn.MSELoss(), torch.optim.SGD(trained.parameters(), lr=0.0))
     for _ in range(2):
