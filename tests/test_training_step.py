@@ -770,8 +770,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     ),
     "optimizer": (lambda: nn.Sequential(nn.Linear(4, 4)), torch.optim.Adadelta, "the optimizer is Adadelta"),
     "frozen spectral norm": (_with_spectral_norm, torch.optim.SGD, "computed from something else"),
-    "weight norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+    "an orthogonal weight": (
+        lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))),
         torch.optim.SGD,
         "computed from something else",
     ),
