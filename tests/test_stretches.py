@@ -1108,8 +1108,10 @@ def test_a_gradient_whose_sign_is_turned_lazily() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own functions, about their arguments
 def test_functions_of_torch_on_upstreams_samples() -> None:
+    networks = []
     for name, info, sample in upstream_samples.samples(every=24, most=4):
         try:
-            upstream_samples.check(info, sample)
+            networks.append(upstream_samples.check(info, sample))
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+    assert sum(networks) > 0.7 * len(networks)

@@ -90,15 +90,16 @@ def samples(every: int, most: int) -> Iterator[tuple[str, Any, Any]]:
                     yield f"{info.formatted_name} {i}", info, sample
 
 
-def check(info: Any, sample: Any) -> None:
-    """Compares a model that calls the function with the same one fused, twice each."""
+def check(info: Any, sample: Any) -> bool:
+    """Compares a model that calls the function with the same one fused, twice each. Returns whether the fused one has
+    become networks."""
     rest = tree_leaves((sample.args, sample.kwargs))
     if any(callable(one) and not isinstance(one, (type, torch.dtype)) for one in rest):
-        return
+        return False
     try:
         result = info.op(sample.input.clone(), *sample.args, **sample.kwargs)
     except Exception:  # a sample for another device
-        return
+        return False
     negates = isinstance(result, Tensor) and result.is_floating_point() and sample.input.is_floating_point()
     stock = _model(info.op, sample.args, sample.kwargs, negates)
     fused = fastnn.fuse(_model(info.op, sample.args, sample.kwargs, negates))
@@ -112,6 +113,7 @@ def check(info: Any, sample: Any) -> None:
                 assert found is expected, f"raises {found}, and not {expected}"
             else:
                 assert_close(found, expected, rtol=1e-4, atol=5e-5, equal_nan=True)
+    return "Where" in str(fastnn.explain(fused))
 
 
 def main() -> None:
@@ -120,15 +122,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=40, help="samples of a function (default: 40)")
     given = parser.parse_args()
     stretches._LEAST_COST = stretches._LEAST_CALLS = 1
-    tried = failures = 0
+    tried = networks = failures = 0
     for name, info, sample in samples(given.every, given.most):
         tried += 1
         try:
-            check(info, sample)
+            networks += check(info, sample)
         except Exception as error:
             failures += 1
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    print(f"{tried} samples, {failures} failures")
+    print(f"{tried} samples, {networks} of them with networks, {failures} failures")
     raise SystemExit(failures > 0)
 
 

@@ -316,8 +316,8 @@ class Rnn(torch.autograd.Function):
         ctx.call = (config, states, 1 + len(final_state))
         ctx.set_materialize_grads(False)
         # Stock saves what is multiplied by a trained weight, or a copy of the input where the batch is first. The rest
-        # may change in place, so that it is saved without a check of its version: the input, of which backward reads no
-        # more than its sizes then, and h, of which it reads the values, as a copy. `originals` has the tensors
+        # may change in place, so that it is saved without a check of its version: the input, whose values matter only
+        # to the gradients of its weights, and h, whose values matter to others, as a copy. `originals` has the tensors
         # themselves, for second derivatives, by their places among the input and `tensors`.
         ctx.originals = {}
         each = len(tensors[states:]) // (config[1] * (2 if config[2] else 1))  # weights of a direction
