@@ -1,8 +1,10 @@
 """Random models of layers that networks have, and between them of functions that no network has: "borders"."""
 
 import argparse
+import functools
 import linecache
 import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -159,14 +161,22 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     given = parser.parse_args()
     stretches._LEAST_COST = 1
-    networks = failures = 0
-    for seed in range(given.first, given.first + given.seeds):
+    seeds = range(given.first, given.first + given.seeds)
+    try_all((f"seed {seed}", functools.partial(check, seed)) for seed in seeds)
+
+
+def try_all(cases: Iterable[tuple[str, Callable[[], int]]]) -> None:
+    """Runs cases, each a name and a function that returns how many networks it has compared, tells which have failed,
+    and ends the program."""
+    tried = networks = failures = 0
+    for name, case in cases:
+        tried += 1
         try:
-            networks += check(seed)
+            networks += case()
         except Exception as error:
             failures += 1
-            print(f"seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    print(f"{given.seeds} models, {networks} networks, {failures} failures")
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    print(f"{tried} cases, {networks} networks, {failures} failures")
     raise SystemExit(failures > 0)
 
 

@@ -2,12 +2,14 @@
 against the same model as it is, with gradients and without."""
 
 import argparse
+import functools
 import itertools
 import linecache
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from random_models import try_all
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.testing._internal.common_methods_invocations import op_db
@@ -122,16 +124,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=40, help="samples of a function (default: 40)")
     given = parser.parse_args()
     stretches._LEAST_COST = stretches._LEAST_CALLS = 1
-    tried = networks = failures = 0
-    for name, info, sample in samples(given.every, given.most):
-        tried += 1
-        try:
-            networks += check(info, sample)
-        except Exception as error:
-            failures += 1
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    print(f"{tried} samples, {networks} of them with networks, {failures} failures")
-    raise SystemExit(failures > 0)
+    some = samples(given.every, given.most)
+    try_all((name, functools.partial(check, info, sample)) for name, info, sample in some)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ NotANetworkError, and torch runs the node.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +37,7 @@ def has_side_effects(line: Line) -> bool:
     return bool(line.attributes["trains"]) if line.layer == "batch_norm" else draws(line)
 
 
-def written(line: Line) -> list[Value]:
+def changed_statistics(line: Line) -> list[Value]:
     """The running statistics that a line changes."""
     if line.layer != "batch_norm" or not line.attributes["trains"]:
         return []
@@ -305,16 +305,18 @@ class Reader:
 
     def dtype(self) -> torch.dtype | None:
         """The dtype of the model's parameters; None where it has none of floating point, or of several dtypes."""
-        held = (one for module in self.modules.values() for one in module._parameters.values())
-        found = {one.dtype for one in held if one is not None and _is_float(one)}
+        found = {module._parameters[name].dtype for module, name in self._float_parameters()}  # type: ignore[union-attr]
         return found.pop() if len(found) == 1 else None
 
     def note_dtype(self) -> None:
         """Notes in the guard that the program is right for the dtype of the model's parameters alone."""
-        modules = (one for one in self.modules.values() if any(map(_is_float, one._parameters.values())))
-        module = next(modules)
-        name = next(name for name, held in module._parameters.items() if _is_float(held))
-        self.guard.note_call(_dtype_of, (module, name), self.dtype())
+        self.guard.note_call(_dtype_of, next(self._float_parameters()), self.dtype())
+
+    def _float_parameters(self) -> Iterator[tuple[nn.Module, str]]:
+        for module in self.modules.values():
+            for name, held in module._parameters.items():
+                if held is not None and held.is_floating_point():
+                    yield module, name
 
     def tensor_of_model(self, container: Any, name: Any) -> Value:
         if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
@@ -394,17 +396,17 @@ class Reader:
         """The same for a layer that is right for booleans that are 1 and 0."""
         result = Value(())
         line = Line(layer, {n: v for n, v in inputs.items() if v}, [result], attributes)
-        self._check_statistics(written(line))
+        self._check_statistics(changed_statistics(line))
         self.lines.append(line)
         if node is not None:
             self.values[node] = result
         return result
 
-    def _check_statistics(self, written: Sequence[Value]) -> None:
+    def _check_statistics(self, changed: Sequence[Value]) -> None:
         """A network writes running statistics when all its layers have run. Norms that write the same tensors add up
         in the order of their calls; but no other may read these tensors, or have views of them."""
-        known = {id(value.tensor) for value in written}
-        for value in written:
+        known = {id(value.tensor) for value in changed}
+        for value in changed:
             for module, held in self._buffers.get(_memory(value.tensor), ()):
                 if id(held) not in known or not module.training:
                     raise NotANetworkError("what a batch norm writes is read by another, or has views")
@@ -554,10 +556,6 @@ class Reader:
 def _memory(tensor: Tensor | None) -> int:
     """Where a tensor's memory begins; 0 where it has none that could be told."""
     return tensor.untyped_storage().data_ptr() if type(tensor) is Tensor and tensor.layout is torch.strided else 0
-
-
-def _is_float(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.is_floating_point()
 
 
 def _dtype_of(module: nn.Module, name: str) -> torch.dtype | None:

@@ -26,7 +26,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
 from fastnn.graph.prologue import Prologue, changes_what_it_reads, set_forms
-from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, draws, has_side_effects, used_lines, written
+from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, changed_statistics, draws, has_side_effects, used_lines
 from fastnn.graph.rewriting import rewrite_unpacked
 from fastnn.network_program import KINDS, Line, Value, write
 from fastnn.network_program import read as read_text
@@ -286,7 +286,7 @@ class _Reading:
             else:
                 if reader.draws:
                     level = last_drawn = max(level, last_drawn, first_free)
-                changed = [value for line in reader.lines[count:] for value in written(line)]
+                changed = [value for line in reader.lines[count:] for value in changed_statistics(line)]
                 level = max([level, *(last_written.get(value, 0) for value in changed)])
                 last_written.update(dict.fromkeys(changed, level))
                 self._note(node, reader.lines[count:], level)

@@ -50,8 +50,8 @@ class ConvTransposeLayer : public Layer<T> {
     output = {input[0], weight_sizes_[1] * groups_};
     for (size_t d = 0; d < stride_.size(); ++d) {
       FASTNN_CHECK(input[2 + d] > 0, "expected images of at least one pixel, got size ", to_string(input));
-      const int64_t size = checked_sum(checked_product(input[2 + d] - 1, stride_[d]),
-                                       weight_sizes_[2 + d] + output_padding_[d] - 2 * padding_[d]);
+      const int64_t size =
+          transposed_size(input[2 + d], weight_sizes_[2 + d], stride_[d], padding_[d], output_padding_[d]);
       FASTNN_CHECK(size > 0, "the output of a transposed convolution would be too small for input size ",
                    to_string(input));
       output.push_back(size);
@@ -167,19 +167,8 @@ class ConvTransposeLayer : public Layer<T> {
 
   bool is_product() const { return groups_ == 1; }
   TransposedProduct<T> product_of(const Site<T>& site) const {
-    TransposedSizes sizes;
-    sizes.batch = site.sizes(0)[0];
-    sizes.in_channels = weight_sizes_[0];
-    sizes.out_channels = weight_sizes_[1];
-    const size_t dims = stride_.size();
-    for (size_t i = 0; i < dims; ++i) {
-      const size_t d = 3 - dims + i;
-      sizes.input[d] = site.sizes(0)[2 + i];
-      sizes.output[d] = site.outputs[0].sizes[2 + i];
-      sizes.kernel[d] = weight_sizes_[2 + i];
-      sizes.stride[d] = stride_[i];
-      sizes.padding[d] = padding_[i];
-    }
+    const TransposedSizes sizes =
+        transposed_sizes(site.sizes(0), weight_sizes_, site.outputs[0].sizes, stride_, padding_);
     return {sizes, site.kernels, bias_, activation_};
   }
   void run_product(const LayerCall<T>& given, T* to, const ConvLayout& layout) const {

@@ -18,6 +18,29 @@ struct TransposedSizes {
   int64_t columns() const { return taps() * out_channels; }  // of the product
 };
 
+// How many pixels come out of `input` pixels, in one dimension; below 1 where the output would be too small.
+inline int64_t transposed_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding, int64_t output_padding) {
+  return checked_sum(checked_product(input - 1, stride), kernel + output_padding - 2 * padding);
+}
+
+// The sizes of images (batch, channels, ...) and of a weight (in_channels, out_channels, ...) in 1 to 3 dimensions.
+inline TransposedSizes transposed_sizes(const Ints& input, const Ints& weight, const Ints& output, const Ints& stride,
+                                        const Ints& padding) {
+  TransposedSizes sizes;
+  sizes.batch = input[0];
+  sizes.in_channels = weight[0];
+  sizes.out_channels = weight[1];
+  for (size_t i = 0; i < stride.size(); ++i) {
+    const size_t d = 3 - stride.size() + i;
+    sizes.input[d] = input[2 + i];
+    sizes.output[d] = output[2 + i];
+    sizes.kernel[d] = weight[2 + i];
+    sizes.stride[d] = stride[i];
+    sizes.padding[d] = padding[i];
+  }
+  return sizes;
+}
+
 template <class T>
 class TransposedProduct {
  public:

@@ -50,23 +50,15 @@ class ConvTransposeTraining : public AnyConvTraining<T> {
   Tensor convolved_by_product(const Kernels<T>& kernels) const {
     const PlainImages input(this->given[0]);
     const Tensor weight = dense(this->given[1]);
-    const size_t dims = c_.stride.size();
-    TransposedSizes sizes;
-    sizes.batch = input.tensor.size(0);
-    sizes.in_channels = weight.size(0);
-    sizes.out_channels = weight.size(1);
-    Ints output_sizes{sizes.batch, sizes.out_channels};
-    for (size_t i = 0; i < dims; ++i) {
-      const size_t d = 3 - dims + i, at = i + 2;
-      sizes.input[d] = input.tensor.size(static_cast<int64_t>(at));
-      sizes.kernel[d] = weight.size(static_cast<int64_t>(at));
-      sizes.stride[d] = c_.stride[i];
-      sizes.padding[d] = c_.padding[i];
-      sizes.output[d] = checked_sum(checked_product(sizes.input[d] - 1, sizes.stride[d]),
-                                    sizes.kernel[d] + c_.output_padding[i] - 2 * sizes.padding[d]);
-      FASTNN_CHECK(sizes.output[d] > 0, kTrainingStep, ": the output of a transposed convolution would be too small");
-      output_sizes.push_back(sizes.output[d]);
+    const Ints input_sizes = sizes_of(input.tensor), weight_sizes = sizes_of(weight);
+    Ints output_sizes{input_sizes[0], weight_sizes[1]};
+    for (size_t d = 0; d < c_.stride.size(); ++d) {
+      output_sizes.push_back(
+          transposed_size(input_sizes[2 + d], weight_sizes[2 + d], c_.stride[d], c_.padding[d], c_.output_padding[d]));
+      FASTNN_CHECK(output_sizes.back() > 0, kTrainingStep,
+                   ": the output of a transposed convolution would be too small");
     }
+    const TransposedSizes sizes = transposed_sizes(input_sizes, weight_sizes, output_sizes, c_.stride, c_.padding);
     check_product(kTrainingStep, sizes.batch, product(output_sizes, 1, output_sizes.size()), sizes.in_channels,
                   sizes.taps());
     const bool has_bias = this->given.size() > 2;

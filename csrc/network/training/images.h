@@ -373,7 +373,7 @@ class BatchNormTraining : public TrainingLayer<T> {
 
  private:
   // torch's own batch norm goes well through vectors of channels. It adds its part of the running statistics to zeros,
-  // until `commit`.
+  // and `commit` adds that part to the model's.
   void normalize_by_torch(Tensor* outputs) {
     OptionalTensor running[2];
     for (size_t i = 0; i < 2; ++i) {
