@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--threads", type=_threads, default=[1], metavar="1,2", help="numbers of threads (1)")
     measured.add_argument("--seconds", type=float, default=1.0, help="of timing for each contender (1)")
     measured.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process each")
+    measured.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a compiler")
     measured.add_argument("--json", metavar="FILE", help="write the figures there")
     measured.add_argument("--plot", metavar="FILE", help="draw them there (needs matplotlib)")
     measured.add_argument("--peak-of", help=argparse.SUPPRESS)

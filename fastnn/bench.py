@@ -187,8 +187,11 @@ def _time(runs: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: int, seconds: float) -> list[Row]:
-    """One row for each contender, which is checked against float64 before it is timed."""
+def measure(
+    model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: int, seconds: float, leave_out: Sequence[str] = ()
+) -> list[Row]:
+    """One row for each contender, which is checked against float64 before it is timed. leave_out: names of contenders
+    that are not wanted."""
     torch.set_num_threads(threads)
     try:
         exact = _reference(model, inputs, train)
@@ -196,7 +199,8 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], train: bool, threads: in
         raise ValueError(f"the model does not take these inputs: {str(reason).splitlines()[0]}") from reason
     runs: dict[str, Contender] = {}
     rows: dict[str, Row] = {}
-    makers = (training_contenders if train else inference_contenders)(model, inputs)
+    every = (training_contenders if train else inference_contenders)(model, inputs)
+    makers = {name: make for name, make in every.items() if name not in leave_out}
     for number, (name, make) in enumerate(makers.items()):
         _progress(f"{threads} thread(s): making {name} ({number + 1} of {len(makers)})")
         with torch.set_grad_enabled(train), warnings.catch_warnings():
@@ -378,8 +382,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_peak(model, inputs, arguments.train, arguments.peak_of)
         return
     rows: list[Row] = []
+    leave_out = ["torch.compile"] if arguments.no_compile else []
     for threads in arguments.threads:
-        rows += measure(model, inputs, arguments.train, threads, arguments.seconds)
+        rows += measure(model, inputs, arguments.train, threads, arguments.seconds, leave_out)
     if not arguments.no_memory:
         peaks = {}
         for name in dict.fromkeys(row.name for row in rows if row.median):

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 import fastnn
 
 PROGRAM = r"""
+#include <ATen/ops/ones.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <cstdio>
 
@@ -31,7 +31,7 @@ int main(int, char** argv) {
     }
   }
   torch::inductor::AOTIModelPackageLoader model(argv[3]);
-  const auto outputs = model.run({torch::ones({2, 3, 12, 12})});
+  const auto outputs = model.run({at::ones({2, 3, 12, 12})});
   const at::Tensor result = outputs[0].contiguous();
   for (int64_t i = 0; i < result.numel(); ++i) std::printf("%.9g\n", result.data_ptr<float>()[i]);
 }

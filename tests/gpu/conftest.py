@@ -22,6 +22,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of:UserWarning")
     if _INTERPRETED:
         _let_scalars_be_ints()
+        _replace_the_language_once_a_launch()
         _let_kernels_assert()
         _say_nothing_of_overflow()
         sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -41,6 +42,23 @@ def _let_scalars_be_ints():
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patch_all
+
+
+def _replace_the_language_once_a_launch():
+    """The interpreter replaces the functions of triton.language by its own when a launch begins, and again in each call
+    from kernel to kernel, which takes nearly half of the time of these tests and changes nothing."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    no_changes = getattr(interpreter, "_LangPatchScope", lambda: None)  # (Before Triton 3.7, what is replaced stays.)
+
+    def patch_once(kernel):
+        languages = [one for one in kernel.__globals__.values() if one is tl or one is tl.core]
+        is_replaced = languages and not any(tl.core.is_builtin(one.load) for one in languages)
+        return no_changes() if is_replaced else patch(kernel)
+
+    interpreter._patch_lang = patch_once
 
 
 def _let_kernels_assert():
