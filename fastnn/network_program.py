@@ -75,7 +75,7 @@ class Line:
 # The comparisons among the functions of a "binary" line, by torch's names.
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 # The functions of a "unary" line, by torch's names. (There is one more, "root", which torch has no name for.)
-UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p", "expm1", "erf", "atan", "sign")
+UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p", "expm1", "erf", "atan", "sign", "round", "floor", "ceil")
 
 
 def write_attribute(value: Any) -> str:

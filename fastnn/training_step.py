@@ -103,6 +103,8 @@ class TrainingStep:
         self._last_why = ""  # why the last step went the ordinary way
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
+        # Of a model whose forward asks for sizes: why it is no network for inputs of these sizes.
+        self._unread: dict[tuple[torch.Size, ...], str] = {}
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
         weakref.finalize(self, load_extension().release_kept_memory).atexit = False
@@ -408,6 +410,8 @@ class TrainingStep:
         before = None if anew else self._reading
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
+        if inputs is None:
+            self._unread = {}
         self._forget()
         self._forget_update()
         try:
@@ -445,9 +449,14 @@ class TrainingStep:
         if has_global_hooks() or torch.is_anomaly_enabled():
             return "there were hooks of all modules, or anomalies were looked for"
         if reading is None or not reading.fits(inputs) or not reading.holds(self.loss):
+            sizes = tuple(one.shape for one in inputs)
+            if sizes in self._unread:
+                return self._unread[sizes]
             self._read(inputs=inputs)
             reading = self._reading
             if reading is None:
+                if len(self._unread) < _MOST_UNREAD:
+                    self._unread[sizes] = self._why
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
@@ -666,6 +675,7 @@ def training_step(
     )  # fmt: skip
 
 
+_MOST_UNREAD = 256  # of so many sizes of inputs is kept why a model is no network for them
 _MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
 
 

@@ -422,13 +422,19 @@ def _gather(b: _Builder) -> None:
     x = b.pick((2, 3, 4, 5))
     if x is None or min(x.sizes) < 1:
         return
-    kinds, rank = ("index_select", "flip", "roll", "border", "channel_shuffle"), len(x.sizes)
+    kinds, rank = ("index_select", "flip", "roll", "border", "channel_shuffle", "windows", "cumsum"), len(x.sizes)
     kind = b.random.choice(kinds)
     dims, sizes = b.random.sample(range(rank), b.random.randint(1, rank)), [*x.sizes]
     if kind == "flip":
         b.add("flip", {"input": [x]}, sizes, dims=[d - rank * b.random.randint(0, 1) for d in dims])
     elif kind == "roll":
         b.add("roll", {"input": [x]}, sizes, shifts=[b.random.randint(-9, 9) for _ in dims], dims=dims)
+    elif kind == "cumsum":
+        b.add("cumsum", {"input": [x]}, sizes, dim=dims[0] - rank * b.random.randint(0, 1))
+    elif kind == "windows":
+        size, step = b.random.randint(1, min(3, sizes[dims[0]])), b.random.randint(1, 3)
+        sizes[dims[0]] = ((sizes[dims[0]] - size) // step + 1) * size
+        b.add("windows", {"input": [x]}, sizes, dim=dims[0] - rank * b.random.randint(0, 1), size=size, step=step)
     elif kind == "channel_shuffle":
         groups = b.random.choice([one for one in range(1, sizes[1] + 1) if sizes[1] % one == 0])
         if rank > 2:
@@ -459,6 +465,11 @@ def _repeat(b: _Builder) -> None:
     x = b.random.choice(b.values)
     kind, like = b.random.choice(("expand", "repeat", "full")), {"input": [x], "like": [x]}
     written: list[Any] = [f"0.{dim}" if b.random.random() < 0.5 else size for dim, size in enumerate(x.sizes)]
+    if x.sizes and b.random.random() < 0.2:
+        power = b.random.choice((1.0, -0.5, -1.0))
+        size = b.add("size", {"like": [x]}, (), sizes=[f"0.{b.random.randrange(len(x.sizes))}"], power=power)
+        b.add("binary", {"input": [x], "other": [size]}, x.sizes, function="mul")
+        return
     if kind == "full":
         attributes: dict[str, Any] = {"sizes": written} if b.random.random() < 0.5 else {}
         b.add("full", {"like": [x]}, x.sizes, value=b.random.uniform(-1, 1), **attributes)
@@ -486,7 +497,8 @@ def _element(b: _Builder) -> None:
         b.add("clamp", {"input": [x]}, x.sizes, **bounds)
         return
     value = b.add("unary", {"input": [x]}, x.sizes, function="abs")
-    function = b.random.choice((*UNARY, "root"))
+    # (Where a result jumps, a rounding error would be a fault.)
+    function = b.random.choice([one for one in (*UNARY, "root") if one not in ("round", "floor", "ceil")])
     if function != "abs":
         value = b.add("binary", {"input": [value]}, x.sizes, function="add", number=0.5)
         b.add("unary", {"input": [value]}, x.sizes, function=function)

@@ -22,11 +22,11 @@ from fastnn import models, nn
 from fastnn.testing import using_threads
 
 
-class CumulativeSum(nn.Module):
+class CumulativeProduct(nn.Module):
     """What no network has a layer for: a border between two networks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumsum(-1)
+        return x.cumprod(-1)
 
 
 class LastStep(nn.Module):
@@ -181,7 +181,7 @@ def test_saved_loaded_copied_exported(name: str, tmp_path: Path) -> None:
 
 def test_saved_by_another_version() -> None:
     frozen = fastnn.freeze(*make("autoencoder"))
-    graph = fastnn.freeze(nn.Sequential(nn.Linear(3, 4), CumulativeSum(), nn.Linear(4, 2)), torch.randn(2, 3))
+    graph = fastnn.freeze(nn.Sequential(nn.Linear(3, 4), CumulativeProduct(), nn.Linear(4, 2)), torch.randn(2, 3))
     assert isinstance(graph, fastnn.FrozenGraph)
     for one in (frozen, graph):
         state = one.__getstate__()
@@ -242,7 +242,7 @@ class Joined(Residual):
 
 class WithABorder(Residual):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        return self.layer(x.cumsum(-1)) + y
+        return self.layer(x.cumprod(-1)) + y
 
 
 class AroundABorder(Residual):
@@ -250,7 +250,7 @@ class AroundABorder(Residual):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
-        return y + torch.relu(self.layer(y.cumsum(-1)))
+        return y + torch.relu(self.layer(y.cumprod(-1)))
 
 
 class Split(Residual):
@@ -344,9 +344,9 @@ NETWORKS: list[tuple[Any, list[tuple[int, ...]]]] = [
 ]
 # Models with borders, their inputs' sizes, and how many networks they have.
 BORDERS: list[tuple[Any, list[tuple[int, ...]], int]] = [
-    (lambda: nn.Sequential(nn.Linear(4, 4), CumulativeSum()), [(3, 4)], 1),
-    (lambda: nn.Sequential(CumulativeSum(), nn.Linear(4, 4)), [(3, 4)], 1),
-    (lambda: nn.Sequential(nn.Linear(4, 4), CumulativeSum(), nn.Linear(4, 3)), [(3, 4)], 2),
+    (lambda: nn.Sequential(nn.Linear(4, 4), CumulativeProduct()), [(3, 4)], 1),
+    (lambda: nn.Sequential(CumulativeProduct(), nn.Linear(4, 4)), [(3, 4)], 1),
+    (lambda: nn.Sequential(nn.Linear(4, 4), CumulativeProduct(), nn.Linear(4, 3)), [(3, 4)], 2),
     (AroundABorder, [(3, 4)], 2),
     (ChangesPart, [(3, 4)], 1),
     (TwoResults, [(3, 4)], 1),  # the second is the input itself
@@ -1082,7 +1082,7 @@ def sizes_that_matter() -> dict[str, tuple[Any, tuple[int, ...], list[tuple[int,
     def windows(y: Tensor, x: Tensor) -> Tensor:
         n, length, c = y.shape
         inner = y.view(n, length // 3, 3, c)
-        mixed = inner.cumsum(2)
+        mixed = inner.cumprod(2)
         return mixed.view(n, length // 3 * 3, -1)
 
     return {
@@ -1091,7 +1091,7 @@ def sizes_that_matter() -> dict[str, tuple[Any, tuple[int, ...], list[tuple[int,
         "a square": (lambda y, x: y if x.shape[1] == x.shape[2] else y + 1, (3, 4, 4), [(3, 5, 4)]),
         "one step": (lambda y, x: y[:, 0] if x.shape[1] == 1 else y, (3, 5, 4), [(3, 1, 4)]),
         "a short slice": (lambda y, x: y[:, :8], (3, 5, 4), [(3, 9, 4), (3, 12, 4), (3, 1, 4)]),
-        "a view before a border": (lambda y, x: y.view(y.size(0), -1).cumsum(-1), (3, 5, 4), [(2, 5, 4), (2, 7, 4)]),
+        "a view before a border": (lambda y, x: y.view(y.size(0), -1).cumprod(-1), (3, 5, 4), [(2, 5, 4), (2, 7, 4)]),
         "windows": (windows, (2, 6, 4), [(3, 9, 4), (1, 3, 4)]),
         "layer norm over all": (
             lambda y, x: torch.nn.functional.layer_norm(y, y.shape[1:]), (3, 5, 4), [(2, 5, 4), (2, 7, 4)]

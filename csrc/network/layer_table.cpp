@@ -47,11 +47,13 @@ const std::vector<LayerEntry>& layer_entries() {
         layer_norm_entry(),
         group_norm_entry(),
         mean_entry(),
+        cumsum_entry(),
         amax_entry(),
         reshape_entry(),
         expand_entry(),
         repeat_entry(),
         full_entry(),
+        size_entry(),
         flatten_entry(),
         unflatten_entry(),
         squeeze_entry(),
@@ -71,6 +73,7 @@ const std::vector<LayerEntry>& layer_entries() {
         roll_entry(),
         channel_shuffle_entry(),
         border_entry(),
+        windows_entry(),
     };
     for (LayerEntry& entry : training_entries()) all.push_back(std::move(entry));
     return all;

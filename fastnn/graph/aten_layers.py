@@ -729,6 +729,7 @@ class _AsFused:
 
     def __init__(self, read: Reader) -> None:
         self._read, self.lines, self.values = read, read.lines, dict[Node, Value]()
+        self.sizes: dict[Node, Any] = {}  # no node that a row sees is a size
 
     @property
     def booleans(self) -> set[Value]:
@@ -792,6 +793,10 @@ _FUSED_ROWS: dict[Any, Any] = {
     **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf), torch.where),
     _aten.masked_fill.Scalar: torch.masked_fill,
     _aten.neg.default: torch.neg,
+    _aten.reciprocal.default: torch.reciprocal,
+    _aten.addcmul.default: torch.addcmul,
+    _aten.addcdiv.default: torch.addcdiv,
+    **dict.fromkeys((_aten.lerp.Scalar, _aten.lerp.Tensor), torch.lerp),
     _aten.square.default: torch.square,
     _aten.pow.Tensor_Scalar: torch.pow,
     **dict.fromkeys((_aten.clamp.default, _aten.clip.default), torch.clamp),
@@ -804,6 +809,8 @@ _FUSED_ROWS: dict[Any, Any] = {
     **dict.fromkeys((_aten.mean.default, _aten.mean.dim), torch.mean),
     **dict.fromkeys((_aten.sum.default, _aten.sum.dim_IntList), torch.sum),
     _aten.amax.default: torch.amax,
+    _aten.amin.default: torch.amin,
+    _aten.cumsum.default: torch.cumsum,
     _aten.linalg_vector_norm.default: torch.linalg.vector_norm,
     _aten.linalg_norm.default: torch.linalg.norm,
     **dict.fromkeys((_aten.var.dim, _aten.var.correction), torch.var),
@@ -814,9 +821,11 @@ _FUSED_ROWS: dict[Any, Any] = {
     _aten.flip.default: torch.flip,
     _aten.roll.default: torch.roll,
     _aten.channel_shuffle.default: F.channel_shuffle,
+    _aten.unfold.default: "unfold",
+    **dict.fromkeys((_aten.bilinear.default,), F.bilinear),
 }
 # Of these, functions for which a network needs a tensor that has dimensions.
-_OVER_DIMENSIONS = (_aten.amax.default, _aten.logsumexp.default, _aten.cosine_similarity.default)
+_OVER_DIMENSIONS = (_aten.amax.default, _aten.amin.default, _aten.logsumexp.default, _aten.cosine_similarity.default)
 
 
 @_row(*_FUSED_ROWS)

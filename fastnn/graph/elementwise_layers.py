@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fastnn.graph.order import in_place
 from fastnn.graph.reader import NotANetworkError, Reader, Size, module_row, row
+from fastnn.graph.shape_layers import size_value
 from fastnn.network_program import UNARY, Line, Value
 from fastnn.nn._hooks import has_own_call
 
@@ -32,9 +33,30 @@ _BINARY = {
 def _binary(read: Reader, node: Node, x: Any, y: Any, *, alpha: Any = 1) -> None:
     if "alpha" in node.kwargs:
         return _add_with_factor(read, node, x, y, alpha)
-    if x in read.sizes or y in read.sizes:
+    if _is_of_rank(read, node, x, y):
+        return
+    if all(one in read.sizes or type(one) is int for one in (x, y)):
         return _compute_size(read, node, "mul" if _BINARY[node.target] == "mul" else "", x, y)
     _combine(read, node, _BINARY[node.target], x, y, in_place=str(node.target).endswith("_"))
+
+
+def _is_of_rank(read: Reader, node: Node, x: Any, y: Any) -> bool:
+    """Notes a part of the sizes (x.shape[0],) + (1,) * (x.ndim - 1), or of such lists -> whether a node is one."""
+    function = _BINARY[node.target]
+    if isinstance(x, Node) and x in read.ranks and function == "sub" and type(y) is int:
+        value, less = read.ranks[x]
+        read.ranks[node] = value, less + y
+    elif isinstance(y, Node) and y in read.ranks and function == "mul" and x in ((1,), [1]):
+        read.ones[node] = read.ranks[y]
+    elif isinstance(y, Node) and y in read.ones and function == "add" and isinstance(x, (tuple, list)):
+        value, count = read.ones[y]
+        known = [read.sizes.get(size) if isinstance(size, Node) else None for size in x]
+        if known != [Size(((value, dim),)) for dim in range(count)]:
+            raise NotANetworkError("sizes are put together of others than a tensor's first ones")
+        read.first_sizes[node] = value, count
+    else:
+        return False
+    return True
 
 
 def _add_with_factor(read: Reader, node: Node, x: Any, y: Any, alpha: Any) -> None:
@@ -53,6 +75,10 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
         x, y = y, x
     if isinstance(y, Node):  # an operand broadcasts by itself
         x, y = _without_expand(x, y), _without_expand(y, x)
+    if isinstance(y, Node) and (x in read.sizes or y in read.sizes):
+        first, second = (size_value(read, one) if one in read.sizes else read.data(one) for one in (x, y))
+        read.add(node, "binary", {"input": [first], "other": [second]}, function=function)
+        return
     if isinstance(y, Node):
         first, second = read.operands(x, y, takes_booleans=function != "sub")
         inputs = {"input": [first], "other": [second]}
@@ -180,12 +206,64 @@ def _clamp_max(read: Reader, node: Node, x: Any, max: Any) -> None:
     _clamp(read, node, x, None, max)
 
 
-_UNARY = {**{getattr(torch, name): name for name in UNARY}, **{name: name for name in UNARY}, operator.abs: "abs"}
+_UNARY = {
+    **{getattr(torch, name): name for name in UNARY},
+    **{given: name for name in UNARY for given in (name, f"{name}_")},
+    operator.abs: "abs",
+}
 
 
 @row(*_UNARY)
 def _unary(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "unary", {"input": [read.data(x)]}, function=_UNARY[node.target])
+
+
+@row(torch.reciprocal, "reciprocal")
+def _reciprocal(read: Reader, node: Node, x: Any) -> None:
+    read.add(node, "binary", {"input": [read.data(x)]}, function="div", number=1.0, reverses=True)
+
+
+@row(torch.addcmul, "addcmul", torch.addcdiv, "addcdiv")
+def _add_combined(read: Reader, node: Node, x: Any, first: Any, second: Any, *, value: Any = 1) -> None:
+    """The sum of a tensor and of a product, or a quotient, of two others."""
+    if type(value) not in (int, float) or not abs(value) < 1e30:
+        raise NotANetworkError("a sum has a factor that is no number")
+    function = "mul" if "addcmul" in str(node.target) else "div"
+    both = read.add(None, "binary", {"input": [read.data(first)], "other": [read.data(second)]}, function=function)
+    if value != 1:
+        both = read.add(None, "binary", {"input": [both]}, function="mul", number=float(value))
+    read.add(node, "binary", {"input": [read.data(x)], "other": [both]}, function="add")
+
+
+@row(torch.lerp, "lerp")
+def _lerp(read: Reader, node: Node, start: Any, end: Any, weight: Any) -> None:
+    """start + weight (end - start); from a weight of one half on from the other end, as in torch, so that a weight of 1
+    gives the end itself."""
+    first, last = read.data(start), read.data(end)
+    whole = read.add(None, "binary", {"input": [last], "other": [first]}, function="sub")
+
+    def part(factor: Value | float) -> Value:
+        given = {"number": factor} if isinstance(factor, float) else {}
+        other = {"other": [factor]} if isinstance(factor, Value) else {}
+        return read.add(None, "binary", {"input": [whole], **other}, function="mul", **given)
+
+    def from_start(weight: Value | float, to: Node | None = None) -> Value:
+        return read.add(to, "binary", {"input": [first], "other": [part(weight)]}, function="add")
+
+    def from_end(rest: Value | float, to: Node | None = None) -> Value:
+        return read.add(to, "binary", {"input": [last], "other": [part(rest)]}, function="sub")
+
+    if type(weight) in (int, float):
+        if not abs(weight) < 1e30:
+            raise NotANetworkError("a weight between two tensors is no number")
+        from_start(float(weight), node) if abs(weight) < 0.5 else from_end(1 - float(weight), node)
+        return
+    given = read.data(weight)
+    size = read.add(None, "unary", {"input": [given]}, function="abs")
+    is_near = read.add(None, "binary", {"input": [size]}, function="lt", number=0.5)
+    rest = read.add(None, "binary", {"input": [given]}, function="sub", number=1.0, reverses=True)
+    inputs = {"condition": [is_near], "input": [from_start(given)], "other": [from_end(rest)]}
+    read.add(node, "where", inputs)
 
 
 @row(torch.square, "square")
@@ -196,20 +274,19 @@ def _square(read: Reader, node: Node, x: Any) -> None:
 
 @row(operator.pow, torch.pow, "pow")
 def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
-    if type(exponent) not in (int, float) or exponent not in (0.5, 2, 3) or not isinstance(x, Node):
+    if x in read.sizes and type(exponent) in (int, float) and abs(exponent) <= 4:
+        read.values[node] = size_value(read, x, exponent)
+        return
+    if type(exponent) not in (int, float) or exponent not in (-1, -0.5, 0.5, 2, 3) or not isinstance(x, Node):
         raise NotANetworkError("a power is no square, cube or root")
-    if exponent == 0.5:
-        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt")
+    if exponent == -1:
+        return _reciprocal(read, node, x)
+    if exponent in (0.5, -0.5):
+        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt" if exponent > 0 else "rsqrt")
         return
     _square(read, node, x)
     if exponent == 3:
         read.add(node, "binary", {"input": [read.values[node]], "other": [read.data(x)]}, function="mul")
-
-
-@row(torch.randn_like)
-def _noise(read: Reader, node: Node, x: Any) -> None:
-    read.add(node, "noise", {"input": [read.data(x)]})
-    read.draws = True
 
 
 @row(torch.softmax, F.softmax, "softmax")
@@ -220,6 +297,20 @@ def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int
 @row(torch.log_softmax, F.log_softmax, "log_softmax")
 def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
     _add_softmax(read, node, x, dim, dtype, True)
+
+
+@row(F.softmin)
+def _softmin(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
+    if type(dim) is not int or dtype is not None:
+        raise NotANetworkError("a softmin has no dimension, or another dtype")
+    negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+    read.add(node, "softmax", {"input": [negative]}, dim=dim)
+
+
+@module_row(nn.Softmin)
+def _softmin_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _softmin(read, node, x, module.dim)
+    read.note(module, "dim")
 
 
 @module_row(nn.Softmax2d)

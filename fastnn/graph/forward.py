@@ -23,6 +23,7 @@ from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
 from fastnn.graph.guard import TOKEN
 from fastnn.graph.joining import join_heads
 from fastnn.graph.matcher import RECURRENT, Left, Match, insert, kernel_sizes, match, settings_of
+from fastnn.graph.order import follow_writes
 from fastnn.graph.stretches import StretchedGraph, compiled, find_stretches
 from fastnn.graph.tracing import Fused, UntraceableError, input_names, trace
 from fastnn.nn import rnn as fused_rnn
@@ -227,6 +228,7 @@ class Trace:
         anything = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
         self.takes_keywords = not forward.__code__.co_flags & anything and not hasattr(forward, "__wrapped__")
         self.stock_graph, tracer = trace(module, inputs)
+        follow_writes(self.stock_graph)
         self.sizes = None if inputs is None else _sizes_of(inputs)  # None: it is for any inputs
         self.guard = tracer.guard
         self.tensors = tracer.tensors  # containers and keys of the graph's further inputs

@@ -19,6 +19,7 @@ from fastnn.graph import (  # noqa: F401 (register their rows)
     attention_layers,
     elementwise_layers,
     image_layers,
+    loss_layers,
     mask_layers,
     reduction_layers,
 )

@@ -242,6 +242,37 @@ def _largest(read: Reader, value: Value, dims: int, is_batch: bool = False) -> V
     return value
 
 
+@row(F.local_response_norm)
+def _local_response_norm(
+    read: Reader, node: Node, x: Any, size: Any, alpha: Any = 1e-4, beta: Any = 0.75, k: Any = 1.0
+) -> None:
+    """Each element is divided by a power of the mean square of its neighbours in other channels."""
+    if type(size) is not int or size < 1 or not all(type(one) in (int, float) for one in (alpha, beta, k)):
+        raise NotANetworkError("a local response norm has settings that no network knows")
+    if not (alpha >= 0 and k > 0):  # the power is taken by a logarithm
+        raise NotANetworkError("a local response norm divides by what may be negative")
+    value = read.data(x)
+    squares = read.add(None, "binary", {"input": [value], "other": [value]}, function="mul")
+    pixels = read.add(None, "flatten", {"input": [squares]}, start_dim=2)
+    planes = read.add(None, "unsqueeze", {"input": [pixels]}, dim=1)
+    padded = read.add(None, "pad", {"input": [planes]}, padding=[0, 0, size // 2, (size - 1) // 2], value=0.0)
+    means = read.add(None, "avg_pool", {"input": [padded]}, kernel=[size, 1], stride=[1, 1])
+    pixels = read.add(None, "squeeze", {"input": [means]}, dim=1)
+    means = read.add(None, "reshape", {"input": [pixels], "like": [value]}, sizes=[])
+    means = read.add(None, "binary", {"input": [means]}, function="mul", number=float(alpha))
+    means = read.add(None, "binary", {"input": [means]}, function="add", number=float(k))
+    power = read.add(None, "unary", {"input": [means]}, function="log")
+    power = read.add(None, "binary", {"input": [power]}, function="mul", number=float(beta))
+    power = read.add(None, "activation", {"input": [power]}, activation="exp")
+    read.add(node, "binary", {"input": [value], "other": [power]}, function="div")
+
+
+@module_row(nn.LocalResponseNorm)
+def _local_response_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
+    _local_response_norm(read, node, x, module.size, module.alpha, module.beta, module.k)
+    read.note(module, "size", "alpha", "beta", "k")
+
+
 @row(F.pixel_shuffle, torch.pixel_shuffle)
 def _pixel_shuffle(read: Reader, node: Node, x: Any, upscale_factor: int) -> None:
     r = upscale_factor

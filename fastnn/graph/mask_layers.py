@@ -210,12 +210,19 @@ def _check_computed(read: Reader, value: Value) -> None:
         raise NotANetworkError("a tensor has the dtype of what no network has computed")
 
 
+def _is_float_buffer(read: Reader, node: Node) -> bool:
+    own, name = read.tensors.get(node, (None, ""))
+    is_buffer = any(module._buffers is own for module in read.modules.values())
+    return is_buffer and own[name] is not None and own[name].is_floating_point()
+
+
 def attention_mask(read: Reader, node: Any, form: str) -> list[Value]:
     """What an attention adds to its scores. form: "shown" where the mask has True for what is seen; "hidden", or
     "hidden exactly" where torch takes no mask of another dtype than the scores', where True is what is not seen."""
     if node is None:
         return []
-    value = read.value(node)
+    # (A network has no gradient for a mask, so that a buffer is given to it as an input is.)
+    value = read.give(node) if node not in read.values and _is_float_buffer(read, node) else read.value(node)
     if value in read.booleans:
         shown = value if form == "shown" else _one_less(read, None, value)
         return [read.add_of_booleans(None, "unary", {"input": [shown]}, function="log")]  # It is 0, or -inf.

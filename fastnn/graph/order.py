@@ -32,6 +32,22 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
     return result
 
 
+def follow_writes(graph: Graph) -> None:
+    """Lets the nodes behind a method that changes a tensor in place take the method's result: it is that tensor. So the
+    value has a new name where it is a new one."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        changed = node.args[0] if node.args else None
+        if node.op == "call_method" and _writes_itself(str(node.target)) and isinstance(changed, Node):
+            for user in list(changed.users):
+                if place[user] > place[node]:
+                    user.replace_input_with(changed, node)
+
+
+def _writes_itself(method: str) -> bool:
+    return method.endswith("_") and not method.endswith("__")
+
+
 class Order:
     """The order in which a graph's nodes run, and which of them may change what others read."""
 
@@ -121,6 +137,8 @@ _MAKES_NEW = frozenset(
         *("avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "batch_norm", "ge"),
         *("layer_norm", "group_norm", "embedding", "zeros_like", "ones_like", "rand_like", "randn_like"),
         *("mse_loss", "l1_loss", "cross_entropy", "nll_loss", "size", "dim", "numel"),
+        *("empty", "zeros", "ones", "full", "rand", "randn", "empty_like", "full_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full"),
     }
 )
 
@@ -151,8 +169,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             return module.max_norm is None  # with it, a call makes longer rows shorter
         return not (isinstance(module, _NORMS) and module.training)
     if node.op == "call_method":
-        name = str(node.target)
-        return not (name.endswith("_") and not name.endswith("__")) and name not in _WRITING_METHODS
+        return not _writes_itself(str(node.target)) and str(node.target) not in _WRITING_METHODS
     function: Any = node.target
     if function is getattr or function in _PURE_OPERATORS:
         return True

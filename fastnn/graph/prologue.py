@@ -161,7 +161,10 @@ class Prologue:
         for node in graph.nodes:
             if name_of_target(node) in GIVE_BOOLEANS | _OF_NUMBERS:
                 self.add(node)
-            for taken in (*masks_of(node, modules), *_numbers_of_embedding(node, modules), *_indices(node)):
+            for taken in (
+                *masks_of(node, modules), *_numbers_of_embedding(node, modules), *_indices(node),
+                *_classes(node, modules),
+            ):  # fmt: skip
                 self.add(taken)
         for node in graph.nodes:  # Torch also computes what follows from booleans and integers.
             if node.op.startswith("call") and any(self._is_other(one) for one in node.all_input_nodes):
@@ -230,6 +233,16 @@ def _indices(node: Node) -> Iterator[Node]:
         yield from (one for one in node.args[1] if isinstance(one, Node))
     elif name_of_target(node) in ("index_select", "gather") and len(node.args) > 2 and isinstance(node.args[2], Node):
         yield node.args[2]
+
+
+def _classes(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
+    """The classes that a loss takes."""
+    is_one = node.target in (F.cross_entropy, F.nll_loss)
+    if node.op == "call_module":
+        is_one = isinstance(modules[str(node.target)], (nn.CrossEntropyLoss, nn.NLLLoss))
+    taken = node.kwargs.get("target", node.args[1] if len(node.args) > 1 else None)
+    if is_one and isinstance(taken, Node):
+        yield taken
 
 
 def _numbers_of_embedding(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:

@@ -115,11 +115,18 @@ class Reader:
         self.ranges: dict[Node, tuple[Any, bool]] = {}
         # Of a node that is many times one number: the inputs and attributes of its line, which each use makes anew.
         self.constants: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
+        # Of a node that is a tensor in which nothing is written yet: the inputs and attributes that give its sizes.
+        self.empties: dict[Node, tuple[dict[str, list[Value]], dict[str, Any]]] = {}
         self.parts: dict[Node, Any] = {}  # by an index: a list, or a dict of the parts that are taken
         self.shapes: dict[Node, Value] = {}
         self.tails: dict[Node, tuple[Value, int]] = {}
         # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
         self.sizes: dict[Node, Size] = {}
+        # Of a node that is the number of a value's dimensions less a number: the value, and that number. And of a node
+        # that is so many ones, or that many of the value's first sizes before them: the same.
+        self.ranks: dict[Node, tuple[Value, int]] = {}
+        self.ones: dict[Node, tuple[Value, int]] = {}
+        self.first_sizes: dict[Node, tuple[Value, int]] = {}
         self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
         self.done: set[Node] = set()  # nodes that were read with one before
         self.lines: list[Line] = []
@@ -193,6 +200,8 @@ class Reader:
             return
         if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
             raise NotANetworkError(f"{name_of(node, self.modules)} changes a tensor that others see")
+        if changed in self.empties:
+            return
         made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
         if (
             made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"

@@ -161,6 +161,25 @@ def _amax(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False
     read.add(node, "amax", {"input": [read.data(x)]}, dims=_dims_given(dim), keepdim=bool(keepdim))
 
 
+@row(torch.amin, "amin")
+def _amin(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False) -> None:
+    _add_smallest(read, node, x, _dims_given(dim), keepdim, "even")
+
+
+def _add_smallest(read: Reader, node: Node | None, x: Any, dims: Sequence[int], keepdim: bool, ties: str) -> Value:
+    negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
+    largest = read.add(None, "amax", {"input": [negative]}, dims=list(dims), keepdim=bool(keepdim), ties=ties)
+    return read.add(node, "binary", {"input": [largest]}, function="mul", number=-1.0)
+
+
+@row(torch.cumsum, "cumsum")
+def _cumsum(read: Reader, node: Node, x: Any, dim: Any, *, dtype: Any = None) -> None:
+    _check_dtype(dtype)
+    if type(dim) is not int:
+        raise NotANetworkError("a sum goes along a dimension that a call gives")
+    read.add(node, "cumsum", {"input": [read.data(x)]}, dim=dim)
+
+
 @row(torch.logsumexp, "logsumexp")
 def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False) -> None:
     value, dims = read.data(x), _dims_given(dim)
@@ -184,12 +203,22 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
 @row(torch.max, "max")
 def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
     """The largest elements of a dimension. Their places, the second result, are no value of a network."""
-    if type(dim) is not int:
-        raise NotANetworkError("a maximum is of two tensors, or of a whole one")
-    if not only_first_is_taken(node):
-        raise NotANetworkError("the places of a maximum are read")
+    _check_one_dimension(node, dim)
     value = read.add(None, "amax", {"input": [read.data(x)]}, dims=[dim], keepdim=bool(keepdim), ties="first")
     read.parts[node] = [value]
+
+
+@row(torch.min, "min")
+def _min(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
+    _check_one_dimension(node, dim)
+    read.parts[node] = [_add_smallest(read, None, x, [dim], keepdim, "first")]
+
+
+def _check_one_dimension(node: Node, dim: Any) -> None:
+    if type(dim) is not int:
+        raise NotANetworkError("a maximum or minimum is of two tensors, or of a whole one")
+    if not only_first_is_taken(node):
+        raise NotANetworkError("the places of a maximum or minimum are read")
 
 
 @row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
@@ -199,6 +228,33 @@ def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
     if rank:  # others have any number of dimensions
         operands = [_checked(read, one, [-1] * rank) for one in operands]
     read.add(node, "matmul", {"input": operands[:1], "other": operands[1:]})
+
+
+@row(F.bilinear)
+def _bilinear(read: Reader, node: Node, x1: Any, x2: Any, weight: Any, bias: Any = None) -> None:
+    _add_bilinear(read, node, read.data(x1), read.data(x2), [read.value(weight)], read.optional(bias))
+
+
+@module_row(nn.Bilinear)
+def _bilinear_module(read: Reader, node: Node, module: Any, x1: Any, x2: Any) -> None:
+    _add_bilinear(read, node, read.data(x1), read.data(x2), read.own(module, "weight"), read.own(module, "bias"))
+    read.note(module)
+
+
+def _add_bilinear(read: Reader, node: Node, x1: Value, x2: Value, weight: list[Value], bias: list[Value]) -> None:
+    """The second operand goes through a linear layer that has an output for each pair of an output and a feature of the
+    first operand; then each output is a product of two vectors."""
+    outputs, first = weight[0].sizes[:2]
+    rows = read.add(None, "flatten", {"input": weight}, start_dim=0, end_dim=1)
+    turned = read.add(None, "transpose", {"input": [rows]}, first=0, second=1)
+    of_pairs = read.add(None, "matmul", {"input": [x2], "other": [turned]})
+    of_pairs = read.add(None, "unflatten", {"input": [of_pairs]}, dim=-1, sizes=[outputs, first])
+    column = read.add(None, "unsqueeze", {"input": [x1]}, dim=-1)
+    products = read.add(None, "matmul", {"input": [of_pairs], "other": [column]})
+    value = read.add(None, "squeeze", {"input": [products]}, dim=-1)
+    if bias:
+        value = read.add(None, "binary", {"input": [value], "other": bias}, function="add")
+    read.values[node] = value
 
 
 @row(torch.inner, "inner")

@@ -84,6 +84,13 @@ def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
     """The sizes of an index and its numbers: a list that the forward gives, or a buffer, which each call compares."""
     if isinstance(given, (list, tuple)) and given:
         return (len(given),), _integers(given)
+    if isinstance(given, Node) and given.target in ("view", "reshape", "flatten", "ravel") and not given.kwargs:
+        sizes, numbers = _indices(read, given.args[0])
+        try:  # torch itself says which sizes these then are
+            seen = getattr(torch.tensor(numbers).view(sizes), str(given.target))(*given.args[1:])
+        except RuntimeError as error:
+            raise NotANetworkError("an index is given other sizes that do not fit") from error
+        return tuple(seen.shape), numbers
     if isinstance(given, Node) and given in read.tensors:
         held, name = read.tensors[given]
         module = next((one for one in read.modules.values() if one._buffers is held), None)
@@ -121,6 +128,11 @@ def _add_index(read: Reader, value: Value, dim: int, indices: Sequence[Any]) -> 
 
 
 # ---- what moves elements --------------------------------------------------------------------------------------------
+
+
+@row(torch.ravel, "ravel")
+def _ravel(read: Reader, node: Node, x: Any) -> None:
+    _flatten(read, node, x)
 
 
 @row(torch.flatten, "flatten")
@@ -170,6 +182,12 @@ def write_sizes(read: Reader, sizes: Sequence[Any]) -> tuple[list[Any], list[Val
     return written, like
 
 
+def size_value(read: Reader, node: Node, power: float = 1.0) -> Value:
+    """A power of a size, as a number that a network computes with."""
+    written, like = write_sizes(read, (node,))
+    return read.add(None, "size", {"like": like}, sizes=written, power=float(power))
+
+
 @row("view_as", "reshape_as")
 def _view_as(read: Reader, node: Node, x: Any, other: Any) -> None:
     read.add(node, "reshape", {"input": [read.data(x)], "like": [read.value(other)]})
@@ -217,6 +235,72 @@ def _new_full(read: Reader, node: Node, x: Any, size: Any, fill_value: Any, **na
     _note_constant(read, node, size, fill_value, read.data(x), **named)
 
 
+@row(torch.randn_like)
+def _randn_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
+    _add_noise(read, node, _constant(read, None, read.data(x), **named), "normal")
+
+
+@row(torch.rand_like)
+def _rand_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
+    _add_noise(read, node, _constant(read, None, read.data(x), **named), "uniform")
+
+
+@row(torch.randn)
+def _randn(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
+    _add_noise(read, node, _constant(read, sizes, None, **named), "normal")
+
+
+@row(torch.rand)
+def _rand(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
+    _add_noise(read, node, _constant(read, sizes, None, **named), "uniform")
+
+
+@row(torch.empty)
+def _empty(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
+    read.empties[node] = _constant(read, sizes, None, **named)
+
+
+@row("new_empty")
+def _new_empty(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
+    read.empties[node] = _constant(read, sizes, read.data(x), **named)
+
+
+@row(torch.empty_like)
+def _empty_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
+    read.empties[node] = _constant(read, None, read.data(x), **named)
+
+
+@row("bernoulli_")
+def _bernoulli(read: Reader, node: Node, x: Any, p: Any = 0.5) -> None:
+    if type(p) not in (int, float) or not 0 <= p <= 1:
+        raise NotANetworkError("the probability of a one is no number from 0 to 1")
+    _fill_by_noise(read, node, x, "bernoulli", p=float(p))
+
+
+@row("uniform_")
+def _uniform(read: Reader, node: Node, x: Any) -> None:
+    _fill_by_noise(read, node, x, "uniform")
+
+
+@row("normal_")
+def _normal(read: Reader, node: Node, x: Any) -> None:
+    _fill_by_noise(read, node, x, "normal")
+
+
+def _fill_by_noise(read: Reader, node: Node, x: Any, distribution: str, **attributes: Any) -> None:
+    if x not in read.empties:
+        raise NotANetworkError("random numbers are written to what a network has computed")
+    _add_noise(read, node, read.empties[x], distribution, **attributes)
+
+
+def _add_noise(
+    read: Reader, node: Node, sizes: tuple[dict[str, list[Value]], dict[str, Any]], distribution: str, **more: Any
+) -> None:
+    inputs, attributes = sizes
+    read.add(node, "noise", inputs, **attributes, distribution=distribution, **more)
+    read.draws = True
+
+
 @row(torch.zeros_like)
 def _zeros_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
     _note_constant(read, node, None, 0.0, read.data(x), **named)
@@ -236,8 +320,20 @@ def _note_constant(
     read: Reader, node: Node, sizes: Any, number: Any, like: Value | None = None, /, *, dtype: Any = None,
     device: Any = None, **others: Any
 ) -> None:  # fmt: skip
-    """Notes a tensor of these sizes, or of the sizes of `like`. The dtype is that of `like`, or the model's."""
-    if others or type(number) not in (int, float) or not isfinite(number):
+    """Notes a tensor that is full of a number."""
+    if type(number) not in (int, float) or not isfinite(number):
+        raise NotANetworkError("a constant has settings that no network knows")
+    inputs, attributes = _constant(read, sizes, like, dtype=dtype, device=device, takes_first_sizes=False, **others)
+    read.constants[node] = inputs, {**attributes, "value": float(number)}
+
+
+def _constant(
+    read: Reader, sizes: Any, like: Value | None, /, *, dtype: Any = None, device: Any = None,
+    takes_first_sizes: bool = True, **others: Any
+) -> tuple[dict[str, list[Value]], dict[str, Any]]:  # fmt: skip
+    """The inputs and attributes that give a line these sizes, or without them the sizes of `like`. The dtype is that of
+    `like`, or the model's. takes_first_sizes: whether the line has the attribute `keeps`."""
+    if others:
         raise NotANetworkError("a constant has settings that no network knows")
     if not (device is None or isinstance(device, Node) or torch.device(device).type == "cpu"):
         raise NotANetworkError(f"a constant lies on {device}")
@@ -246,10 +342,12 @@ def _note_constant(
     if not (dtype is None or isinstance(dtype, Node)) and dtype != read.dtype():
         raise NotANetworkError(f"a constant is of {dtype}")
     if sizes is None:
-        read.constants[node] = {"like": [like] if like else []}, {"value": float(number)}
-        return
+        return {"like": [like] if like else []}, {}
+    if takes_first_sizes and len(sizes) == 1 and isinstance(sizes[0], Node) and sizes[0] in read.first_sizes:
+        value, count = read.first_sizes[sizes[0]]
+        return {"like": [value]}, {"keeps": count}
     written, known = write_sizes(read, sizes)
-    read.constants[node] = {"like": known}, {"sizes": written, "value": float(number)}
+    return {"like": known}, {"sizes": written}
 
 
 @row(torch.squeeze, "squeeze")
@@ -274,6 +372,37 @@ def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> Non
     read.add(node, "transpose", {"input": [read.data(x)]}, first=first, second=second)
 
 
+@row(torch.movedim, "movedim", torch.moveaxis, "moveaxis")
+def _movedim(read: Reader, node: Node, x: Any, source: Any, destination: Any) -> None:
+    """A dimension moves as it changes places with its neighbours, one by one."""
+    are_numbers = type(source) is int and type(destination) is int
+    if not are_numbers or (source < 0) != (destination < 0):
+        raise NotANetworkError("a dimension moves to a place that depends on their number")
+    value, step = read.data(x), 1 if source < destination else -1
+    for dim in range(source, destination, step):
+        value = read.add(None, "transpose", {"input": [value]}, first=dim, second=dim + step)
+    read.values[node] = value if source != destination else read.add(None, "slice", {"input": [value]}, dim=0)
+
+
+@row(torch.narrow, "narrow")
+def _narrow(read: Reader, node: Node, x: Any, dim: Any, start: Any, length: Any) -> None:
+    if not all(type(one) is int for one in (dim, start, length)) or start < 0 or length < 1:
+        raise NotANetworkError("a part of a dimension depends on sizes")
+    read.values[node] = slice_to_size(read, read.data(x), dim, start, start + length, fits=True)
+
+
+@row("unfold")
+def _windows(read: Reader, node: Node, x: Any, dimension: Any, size: Any, step: Any) -> None:
+    """Windows of one of the last two dimensions, whose elements come last."""
+    if not all(type(one) is int for one in (dimension, size, step)) or dimension not in (-1, -2):
+        raise NotANetworkError("windows are of a dimension that is counted from the first")
+    value = read.add(None, "windows", {"input": [read.data(x)]}, dim=dimension, size=size, step=step)
+    value = read.add(None, "unflatten", {"input": [value]}, dim=dimension, sizes=[-1, size])
+    if dimension == -2:
+        value = read.add(None, "transpose", {"input": [value]}, first=-1, second=-2)
+    read.values[node] = value
+
+
 @row(torch.t, "t")
 def _turn(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "permute", {"input": [read.data(x)]}, dims=[1, 0])  # (which refuses other numbers of dimensions)
@@ -285,7 +414,7 @@ def _permute(read: Reader, node: Node, x: Any, *dims: Any) -> None:
     read.add(node, "permute", {"input": [read.data(x)]}, dims=list(given))
 
 
-@row("contiguous")
+@row("contiguous", torch.clone, "clone")
 def _contiguous(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "contiguous", {"input": [read.data(x)]})
 
@@ -314,7 +443,14 @@ def _chunk(read: Reader, node: Node, x: Any, chunks: int, dim: int = 0) -> None:
 
 @row(torch.split, "split")
 def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
-    if type(size) is int:
+    places: list[Any] = [user.args[1] if user.target is operator.getitem else None for user in node.users]
+    if type(size) is int and all(type(place) is int and place >= 0 for place in places):
+        # A part that is not whole, or not there, is refused: torch then gives it, or raises.
+        read.parts[node] = {
+            place: slice_to_size(read, read.data(x), dim, place * size, (place + 1) * size, fits=True)
+            for place in dict.fromkeys(places)
+        }
+    elif type(size) is int:
         _add_split(read, node, x, dim, size=size)
     else:
         _add_split(read, node, x, dim, sizes=list(size))
@@ -355,16 +491,23 @@ def _size(read: Reader, node: Node, x: Any, dim: Any = None) -> None:
         _add_size(read, node, read.value(x), dim)
 
 
+@row("dim", "ndimension")
+def _rank(read: Reader, node: Node, x: Any) -> None:
+    read.ranks[node] = read.value(x), 0
+
+
 @row(getattr)
 def _attribute(read: Reader, node: Node, x: Any, name: str) -> None:
     if name == "shape":
         read.shapes[node] = read.value(x)
-    elif name == "values" and x.target in (torch.max, "max") and x in read.parts:
+    elif name == "values" and x.target in (torch.max, "max", torch.min, "min") and x in read.parts:
         read.values[node] = read.parts[x][0]
     elif name == "mT":
         read.add(node, "transpose", {"input": [read.data(x)]}, first=-2, second=-1)
     elif name == "T":
         _turn(read, node, x)
+    elif name == "ndim":
+        read.ranks[node] = read.value(x), 0
     elif name not in ("device", "dtype"):
         raise NotANetworkError(f"the model asks a tensor for {name}")
 
@@ -381,8 +524,12 @@ def _unpack(read: Reader, node: Node, whole: Any, count: int) -> None:
         read.shapes[node] = read.shapes[whole]
     elif whole in read.parts and (len(read.parts[whole]) == count or only_first_is_taken(node)):
         read.parts[node] = read.parts[whole]
+    elif whole in read.values:  # a tensor, of which each part is an index of its first dimension
+        parts = [Value(()) for _ in range(count)]
+        read.lines.append(Line("split", {"input": [read.data(whole)]}, parts, {"dim": 0, "unbind": True}))
+        read.parts[node] = parts
     else:
-        raise NotANetworkError("the model unpacks a tensor")
+        raise NotANetworkError("the model unpacks something that is no tensor")
 
 
 @row(torch.arange)

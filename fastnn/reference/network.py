@@ -252,6 +252,21 @@ def _full(line: TextLine, taken: Taken) -> list[Tensor]:
     return [torch.full(_sizes(line, taken), line["value"], dtype=torch.float64)]
 
 
+def _noise(line: TextLine, taken: Taken) -> list[Tensor]:
+    sizes = _sizes(line, taken)
+    kept = len(sizes) if line["keeps"] < 0 else line["keeps"]
+    noise = torch.empty([*sizes[:kept], *[1] * (len(sizes) - kept)], dtype=torch.float64)
+    if line["distribution"] == "bernoulli":
+        return [noise.bernoulli_(line["p"])]
+    return [noise.uniform_() if line["distribution"] == "uniform" else noise.normal_()]
+
+
+def _windows(line: TextLine, taken: Taken) -> list[Tensor]:
+    windows = _one(taken, "input").unfold(line["dim"], line["size"], line["step"])
+    dim = line["dim"] % (windows.dim() - 1)
+    return [windows.movedim(-1, dim + 1).flatten(dim, dim + 1)]
+
+
 def _sizes(line: TextLine, taken: Taken) -> list[int]:
     """The sizes that a line asks for: numbers, or products of dimensions of the values `like`; without sizes, those of
     the one value `like`."""
@@ -358,7 +373,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "where": _where,
     "cast": lambda line, taken: [_one(taken, "input") * 1.0],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
-    "noise": lambda line, taken: [torch.randn_like(_one(taken, "input"))],
+    "noise": _noise,
     "softmax": _softmax,
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
@@ -368,6 +383,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "expand": _expand,
     "repeat": lambda line, taken: [_one(taken, "input").repeat(_sizes(line, taken))],
     "full": _full,
+    "size": lambda line, taken: [torch.tensor(float(_sizes(line, taken)[0]) ** line["power"], dtype=torch.float64)],
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
     "unflatten": lambda line, taken: [_one(taken, "input").unflatten(line["dim"], line["sizes"])],
     "squeeze": _squeeze,
@@ -383,6 +399,8 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "cat": lambda line, taken: [torch.cat(taken["inputs"], line["dim"])],
     "pad": lambda line, taken: [F.pad(_one(taken, "input"), line["padding"], value=line["value"])],
     "index_select": _index_select,
+    "windows": _windows,
+    "cumsum": lambda line, taken: [_one(taken, "input").cumsum(line["dim"])],
     "flip": lambda line, taken: [_one(taken, "input").flip(line["dims"])],
     "roll": lambda line, taken: [_one(taken, "input").roll(line["shifts"], line["dims"])],
     "channel_shuffle": lambda line, taken: [F.channel_shuffle(_one(taken, "input"), line["groups"])],

@@ -61,8 +61,8 @@ class EmbeddingLayer : public Layer<T> {
 // all that lies in it. Without `rows`, of each row one. Numbers below 0 count from the end.
 class Picked {
  public:
-  // rows: null for none. Raises where a number is out of range.
-  Picked(const int64_t* rows, const int64_t* places, int64_t count, const Ints& sizes) {
+  // rows: null for none. wraps: whether numbers below 0 count from the end. Raises where a number is out of range.
+  Picked(const int64_t* rows, const int64_t* places, int64_t count, const Ints& sizes, bool wraps) : wraps_(wraps) {
     FASTNN_CHECK(sizes.size() >= 2 && (rows || count == sizes[0]), "expected a place for each row, got ", count,
                  " for size ", to_string(sizes));
     from_.reserve(static_cast<size_t>(count));
@@ -74,17 +74,18 @@ class Picked {
   const Ints& places() const { return from_; }
 
  private:
-  static int64_t wrapped(int64_t number, int64_t size) {
-    FASTNN_CHECK(number >= -size && number < size, "index ", number, " is out of bounds for size ", size);
+  int64_t wrapped(int64_t number, int64_t size) const {
+    FASTNN_CHECK(number >= (wraps_ ? -size : 0) && number < size, "index ", number, " is out of bounds for size ", size);
     return number < 0 ? number + size : number;
   }
+  bool wraps_;
   Ints from_;
 };
 
 template <class T>
 class PickLayer : public Layer<T> {
  public:
-  PickLayer(const ProgramLine& line, const Weights<T>&) {
+  PickLayer(const ProgramLine& line, const Weights<T>&) : wraps_(line.flag("wraps")) {
     if (line.has("rows")) this->inputs = {line.input("rows")};
     this->inputs.push_back(line.input("places"));
     this->inputs.push_back(line.input("input"));
@@ -107,16 +108,20 @@ class PickLayer : public Layer<T> {
     const int64_t inner = product(sizes, 2, sizes.size());
     const auto numbers = [&](size_t i) { return static_cast<const int64_t*>(call.inputs[i]); };
     T* to = call.output(0);
-    const Picked picked(last > 1 ? numbers(0) : nullptr, numbers(last - 1), call.site.outputs[0].sizes[0], sizes);
+    const Picked picked(last > 1 ? numbers(0) : nullptr, numbers(last - 1), call.site.outputs[0].sizes[0], sizes,
+                        wraps_);
     for (const int64_t place : picked.places()) {
       std::copy_n(call.input(last) + place * inner, inner, to);
       to += inner;
     }
   }
+
+ private:
+  bool wraps_;
 };
 
 inline LayerEntry pick_entry() {
-  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {});
+  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {{"wraps", "bool", "1"}});
 }
 inline LayerEntry embedding_entry() {
   return layer_entry<EmbeddingLayer>(

@@ -243,6 +243,35 @@ class FlipLayer : public GatherLayer<T> {
   Ints dims_;
 };
 
+// Windows of `size` neighbouring elements of a dimension, each `step` elements behind the one before. They come one
+// behind the other in that dimension. Elements behind the last whole window are in none.
+template <class T>
+class WindowsLayer : public GatherLayer<T> {
+ public:
+  WindowsLayer(const ProgramLine& line, const Weights<T>&)
+      : GatherLayer<T>(line),
+        dim_(line.integer("dim", -16, 15)),
+        size_(line.integer("size", 1, kMostSize)),
+        step_(line.integer("step", 1, kMostSize)) {}
+  std::vector<Ints> places(const Ints& sizes) const override {
+    const size_t d = dimension_of(this->line_, dim_, sizes.size());
+    FASTNN_CHECK(size_ <= sizes[d], "maximum size for tensor at dimension ", d, " is ", sizes[d], " but size is ",
+                 size_);
+    const int64_t count = (sizes[d] - size_) / step_ + 1;
+    FASTNN_CHECK(checked_product(count, size_) <= kMostPlaces, "network: ", count, " windows of ", size_,
+                 " elements are more than a network takes");
+    std::vector<Ints> result(sizes.size());
+    for (int64_t window = 0; window < count; ++window) {
+      for (int64_t i = 0; i < size_; ++i) result[d].push_back(window * step_ + i);
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kMostPlaces = 1 << 20;  // places are listed, which takes memory
+  int64_t dim_, size_, step_;
+};
+
 // Pixels before and behind each dimension of images, made of the images themselves: mirrored at the border without the
 // border's own pixels ("reflect"), the border's pixels ("replicate"), or those of the other end ("circular").
 // `padding` has both counts for each dimension, the last dimension's first, as torch has them.
@@ -306,6 +335,10 @@ inline LayerEntry channel_shuffle_entry() {
 }
 inline LayerEntry border_entry() {
   return layer_entry<BorderLayer>("border", {"input"}, {{"padding", "ints", nullptr}, {"mode", "text", nullptr}});
+}
+inline LayerEntry windows_entry() {
+  return layer_entry<WindowsLayer>("windows", {"input"},
+                                   {{"dim", "int", nullptr}, {"size", "int", nullptr}, {"step", "int", nullptr}});
 }
 
 }  // namespace fastnn

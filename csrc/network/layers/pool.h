@@ -315,6 +315,28 @@ class ReductionLayer : public Layer<T> {
   int64_t rank_;
 };
 
+// The sums of the elements up to each one, along a dimension. Torch computes them, since it adds up in double.
+template <class T>
+class CumsumLayer : public Layer<T> {
+ public:
+  CumsumLayer(const ProgramLine& line, const Weights<T>&) : line_(line), dim_(line.integer("dim", -16, 15)) {
+    this->inputs = {line.input("input")};
+  }
+  void set_sizes(Site<T>& site) const override {
+    dimension_of(line_, dim_, site.sizes(0).size());
+    site.outputs[0].sizes = site.sizes(0);
+  }
+  void run(const LayerCall<T>& call) const override {
+    const Ints &sizes = call.site.sizes(0), strides = call.site.inputs[0].strides();
+    const Tensor to = tensor_over(call.output(0), sizes, strides);
+    stock("aten::cumsum", "out", tensor_over(call.input(0), sizes, strides), dim_, std::optional<ScalarType>(), to);
+  }
+
+ private:
+  ProgramLine line_;
+  int64_t dim_;
+};
+
 // The mean or the sum over some dimensions. A mean may divide by so many elements less as `correction` says, as the
 // mean of squares in a variance does.
 template <class T>
@@ -436,6 +458,9 @@ inline LayerEntry amax_entry() {
   return layer_entry<AmaxLayer>(
       "amax", {"input"},
       {{"dims", "ints", ""}, {"keepdim", "bool", "0"}, {"ties", "text", "even"}, {"rank", "int", "0"}});
+}
+inline LayerEntry cumsum_entry() {
+  return layer_entry<CumsumLayer>("cumsum", {"input"}, {{"dim", "int", nullptr}});
 }
 inline LayerEntry mean_entry() {
   return layer_entry<MeanLayer>("mean", {"input"},

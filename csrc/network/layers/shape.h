@@ -214,6 +214,26 @@ class FullLayer : public Layer<T> {
   T value_;
 };
 
+// A power of a size, as a number without dimensions.
+template <class T>
+class SizeLayer : public Layer<T> {
+ public:
+  SizeLayer(const ProgramLine& line, const Weights<T>&)
+      : asked_(line, {}, this->inputs), power_(line.real("power")) {
+    this->sizes_only = asked_.like();
+    if (asked_.count() != 1) line.refuse("expected one size");
+  }
+  void set_sizes(Site<T>& site) const override { site.outputs[0].sizes.clear(); }
+  T value(const Site<T>& site) const {
+    return static_cast<T>(std::pow(static_cast<double>(asked_.of(site)[0]), power_));
+  }
+  void run(const LayerCall<T>& call) const override { call.output(0)[0] = value(call.site); }
+
+ private:
+  AskedSizes asked_;
+  double power_;
+};
+
 // All dimensions from one to another become one.
 template <class T>
 class FlattenLayer : public Layer<T> {
@@ -333,7 +353,7 @@ class CheckSizesLayer : public Layer<T> {
  public:
   CheckSizesLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {"input"}, this->inputs) {
     this->sizes_only = asked_.like();
-    if (asked_.count() == 0) line.refuse("expected sizes");
+    if (asked_.count() == 0 && !asked_.are_another_values()) line.refuse("expected sizes");
   }
   FormatRule formats() const override { return FormatRule::alike; }
   bool is_view(const Site<T>&) const override { return true; }
@@ -704,6 +724,9 @@ inline LayerEntry expand_entry() {
 }
 inline LayerEntry repeat_entry() {
   return layer_entry<RepeatLayer>("repeat", {"input", "like*"}, {{"sizes", "ints", nullptr}});
+}
+inline LayerEntry size_entry() {
+  return layer_entry<SizeLayer>("size", {"like*"}, {{"sizes", "ints", nullptr}, {"power", "float", "1"}});
 }
 inline LayerEntry full_entry() {
   return layer_entry<FullLayer>("full", {"like*"}, {{"sizes", "ints", ""}, {"value", "float", nullptr}});

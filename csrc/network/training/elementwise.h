@@ -130,7 +130,10 @@ class FunctionTraining : public UnaryTraining<T> {
         const Tensor square = combined<T>(BinaryKind::mul, x, x);
         return combined<T>(BinaryKind::div, gradient, combined<T>(BinaryKind::add, square, T(1), false));
       }
-      case UnaryKind::sign: {
+      case UnaryKind::sign:
+      case UnaryKind::round:
+      case UnaryKind::floor:
+      case UnaryKind::ceil: {
         Tensor zeros = new_like<T>(x);
         std::fill_n(mutable_data<T>(zeros), zeros.numel(), T(0));
         return zeros;
@@ -381,21 +384,60 @@ class DropoutTraining : public UnaryTraining<T> {
   Tensor scales_;
 };
 
-// As many normal numbers as the input has elements, drawn by torch.
+// Random numbers, drawn by torch: normal ones, uniform ones from 0 to 1, or ones of the probability `p` among zeros. The
+// sizes are those that the line asks for. Where they are another value's, so are the strides, because torch draws in the
+// order of memory; or only the first `keeps` sizes are that value's, and the others are 1.
 template <class T>
 class NoiseTraining : public TrainingLayer<T> {
  public:
-  explicit NoiseTraining(const ProgramLine& line) { this->inputs = {line.input("input")}; }
+  explicit NoiseTraining(const ProgramLine& line)
+      : asked_(line, {}, this->inputs),
+        keeps_(line.integer("keeps", -1, 16)),
+        distribution_(line.text("distribution")),
+        p_(line.real("p")) {
+    if (keeps_ >= 0 && !asked_.are_another_values()) line.refuse("expected keeps with the sizes of another value");
+    if (distribution_ != "normal" && distribution_ != "uniform" && distribution_ != "bernoulli") {
+      line.refuse("there is no distribution \"", distribution_, "\"");
+    }
+    if (!(p_ >= 0 && p_ <= 1)) line.refuse("expected p from 0 to 1, got ", p_);
+  }
+  size_t inputs_for_sizes() const override { return asked_.like(); }
   void forward(Tensor* outputs) override {
-    noise_ = new_like<T>(this->given[0]);
-    stock("aten::normal_", "", noise_, 0.0, 1.0, std::optional<AtenTensorHandle>());
+    if (asked_.are_another_values() && keeps_ < 0) {
+      noise_ = new_like<T>(this->given[0]);
+    } else {
+      Site<T> site;
+      for (const Tensor& tensor : this->given) site.inputs.push_back({sizes_of(tensor)});
+      Ints sizes = asked_.of(site);
+      for (const int64_t size : sizes) {
+        FASTNN_CHECK(size >= 0, "Trying to create tensor with negative dimension ", size, ": ", to_string(sizes));
+      }
+      if (keeps_ >= 0) {
+        FASTNN_CHECK(static_cast<size_t>(keeps_) <= sizes.size(), "expected at least ", keeps_, " dimensions, got size ",
+                     to_string(sizes));
+        std::fill(sizes.begin() + keeps_, sizes.end(), 1);
+      }
+      noise_ = new_tensor(sizes, kDtypeOf<T>);
+    }
+    const std::optional<AtenTensorHandle> generator;
+    if (distribution_ == "normal") {
+      stock("aten::normal_", "", noise_, 0.0, 1.0, generator);
+    } else if (distribution_ == "uniform") {
+      stock("aten::uniform_", "", noise_, 0.0, 1.0, generator);
+    } else {
+      draw_ones(noise_, p_);
+    }
     outputs[0] = noise_.borrow();
   }
-  void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // it does not depend on the input's elements
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}  // the noise depends on sizes alone
   Tensor drawn() const override { return noise_; }
   void forget() override { noise_ = Tensor(); }
 
  private:
+  AskedSizes asked_;
+  int64_t keeps_;
+  std::string distribution_;
+  double p_;
   Tensor noise_;
 };
 

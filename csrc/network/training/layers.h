@@ -37,6 +37,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"group_norm", make_training<GroupNormTraining, T>},
       {"amax", make_training<AmaxTraining, T>},
       {"mean", make_training<MeanTraining, T>},
+      {"cumsum", make_training<CumsumTraining, T>},
       {"max_pool", make_training<MaxPoolTraining, T>},
       {"avg_pool", make_training<AvgPoolTraining, T>},
       {"adaptive_avg_pool", make_training<AdaptiveAverageTraining, T>},
@@ -47,6 +48,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"expand", make_training<ExpandTraining, T>},
       {"repeat", make_training<RepeatTraining, T>},
       {"full", make_training<FullTraining, T>},
+      {"size", make_training<SizeTraining, T>},
       {"flatten", make_training<FlattenTraining, T>},
       {"unflatten", make_training<UnflattenTraining, T>},
       {"squeeze", make_training<SqueezeTraining, T>},
@@ -66,6 +68,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"roll", make_training<RollTraining, T>},
       {"channel_shuffle", make_training<ChannelShuffleTraining, T>},
       {"border", make_training<BorderTraining, T>},
+      {"windows", make_training<WindowsTraining, T>},
   };
   for (const auto& [name, make] : makers) {
     if (line.layer == name) return make(line);
@@ -81,7 +84,8 @@ inline std::vector<LayerEntry> training_entries() {
   };
   return {
       entry("dropout", {"input"}, {{"p", "float", nullptr}, {"channels_of", "int", "0"}}),
-      entry("noise", {"input"}, {}),
+      entry("noise", {"like*"},
+            {{"sizes", "ints", ""}, {"keeps", "int", "-1"}, {"distribution", "text", "normal"}, {"p", "float", "0.5"}}),
   };
 }
 

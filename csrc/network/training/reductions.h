@@ -13,6 +13,23 @@
 
 namespace fastnn {
 
+// The sums of the elements up to each one, along a dimension.
+template <class T>
+class CumsumTraining : public UnaryTraining<T> {
+ public:
+  explicit CumsumTraining(const ProgramLine& line) : UnaryTraining<T>(line), dim_(line.integer("dim", -16, 15)) {}
+  void forward(Tensor* outputs) override { outputs[0] = summed_up(this->input()); }
+  // An element is in the sums of all behind it, so its gradient is the sum of theirs.
+  Tensor gradient_of(const Tensor& gradient) override { return turned_around(summed_up(turned_around(gradient))); }
+
+ private:
+  Tensor summed_up(const Tensor& tensor) const {
+    return stock("aten::cumsum", "", tensor, dim_, std::optional<ScalarType>());
+  }
+  Tensor turned_around(const Tensor& tensor) const { return stock("aten::flip", "", tensor, Ints{dim_}); }
+  int64_t dim_;
+};
+
 // mean: the mean or the sum over some dimensions.
 template <class T>
 class MeanTraining : public UnaryTraining<T> {

@@ -106,6 +106,18 @@ class FullTraining : public SizedTraining<T, FullLayer> {
 };
 
 template <class T>
+class SizeTraining : public SizedTraining<T, SizeLayer> {
+ public:
+  using SizedTraining<T, SizeLayer>::SizedTraining;
+  void forward(Tensor* outputs) override {
+    outputs[0] = new_tensor(this->output_sizes(), kDtypeOf<T>);
+    mutable_data<T>(outputs[0])[0] = this->layer_.value(this->site());
+  }
+  // The output depends on sizes alone.
+  void backward(const Tensor*, const bool*, Gradient<T>*) override {}
+};
+
+template <class T>
 class PermuteTraining : public UnaryTraining<T> {
  public:
   explicit PermuteTraining(const ProgramLine& line) : UnaryTraining<T>(line), dims_(line.integers("dims", -16, 15)) {
@@ -343,5 +355,7 @@ template <class T>
 using ChannelShuffleTraining = GatherTraining<T, ChannelShuffleLayer, false>;
 template <class T>
 using BorderTraining = GatherTraining<T, BorderLayer, true>;
+template <class T>
+using WindowsTraining = GatherTraining<T, WindowsLayer, false>;
 
 }  // namespace fastnn
