@@ -23,6 +23,7 @@ class Between(nn.Module):
         self.first, self.second, self.function = nn.Linear(6, 8), nn.Linear(8, 8), function
         self.bilinear, self.norm = nn.Bilinear(8, 8, 4), nn.LocalResponseNorm(3)
         self.classes, self.squares, self.logits = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
+        self.drops = nn.AlphaDropout(0.4)
         self.register_buffer("places", torch.tensor([[3, 0], [1, 1]]))
         self.register_buffer("hidden", torch.full((5, 5), float("-inf")).triu(1))
 
@@ -89,6 +90,11 @@ FUNCTIONS: dict[str, Function] = {
     "a power of a size": lambda m, h, k, t: (h @ k.t()) * (k.shape[-1] // 2) ** -0.5,
     "sizes": lambda m, h, k, t: h.sum(1) / h.size(1) + k.mean(1) * k.size(0),
     "an index of other sizes": lambda m, h, k, t: k[m.places.view(-1)] + m.second.weight[m.places.flatten()],
+    "rows by numbers": lambda m, h, k, t: h[t % 5] + k.index_select(0, (t + 1) % 5),
+    "rows by a matrix of numbers": lambda m, h, k, t: k[(t % 5).view(1, 5)],
+    "messages": lambda m, h, k, t: torch.zeros_like(h).index_add_(0, t % 5, k) + h.index_add(0, t % 2, k),
+    "counts": lambda m, h, k, t: torch.zeros(9).index_add_(0, t, k[:, 0]),
+    "alpha dropout": lambda m, h, k, t: F.alpha_dropout(h, 0.3, True) + m.drops(k),
     "a mask that is a buffer": lambda m, h, k, t: F.scaled_dot_product_attention(h[None], k[None], k[None], m.hidden),
     "random numbers like others": lambda m, h, k, t: h * torch.rand_like(h) + torch.randn_like(k),
     "random numbers": lambda m, h, k, t: h * torch.rand(8) + torch.randn(5, 1),
@@ -153,6 +159,9 @@ def test_is_part_of_a_step(name: str) -> None:
 
 
 REFUSED: dict[str, Function] = {
+    "a row beyond the tensor": lambda m, h, k, t: h[t + 5],
+    "rows by a matrix in index_select": lambda m, h, k, t: h.index_select(0, (t % 5).view(1, 5)),
+    "more rows to add than indices": lambda m, h, k, t: h.index_add(0, (t % 5)[:3], k),
     "a part beyond the tensor": lambda m, h, k, t: h.narrow(1, 5, 4),
     "a part of a split that is not there": lambda m, h, k, t: h.split(4, 1)[2],
     "windows that are too large": lambda m, h, k, t: h.unfold(-1, 9, 1),
@@ -185,6 +194,12 @@ def test_classes_that_are_ignored() -> None:
     x, classes = torch.randn(5, 6), torch.tensor([3, -100, 159, 0, -100])
     fused = fastnn.fuse(copy.deepcopy(model))
     torch.testing.assert_close(fused(x, classes), model(x, classes))
+
+
+def test_rows_that_are_counted_from_the_end() -> None:
+    model = Between(lambda m, h, k, t: h[t % 5 - 5] * k[t % 5 > 2].sum())
+    x, numbers = torch.randn(5, 6), torch.randint(8, (5,))
+    torch.testing.assert_close(fastnn.fuse(copy.deepcopy(model))(x, numbers), model(x, numbers))
 
 
 def test_an_operand_that_a_loss_broadcasts_is_warned_of() -> None:

@@ -36,6 +36,8 @@ const std::vector<LayerEntry>& layer_entries() {
         attention_entry(),
         embedding_entry(),
         pick_entry(),
+        gather_rows_entry(),
+        add_rows_entry(),
         activation_entry(),
         clamp_entry(),
         unary_entry(),

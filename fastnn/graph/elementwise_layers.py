@@ -353,6 +353,16 @@ def _dropout_of_channels(
     read.dropout(node, read.data(x), p if training else 0.0, _DROPOUTS_OF_CHANNELS[node.target])
 
 
+@row(F.alpha_dropout)
+def _alpha_dropout(
+    read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> None:
+    if training:
+        read.alpha_dropout(node, read.data(x), p)
+    else:
+        read.values[node] = read.data(x)
+
+
 @row(F.prelu, torch.prelu)
 def _prelu(read: Reader, node: Node, x: Any, weight: Any) -> None:
     read.add(node, "prelu", {"input": [read.data(x)], "weight": [read.value(weight)]})

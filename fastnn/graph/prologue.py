@@ -229,10 +229,13 @@ def masks_of(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:
 
 def _indices(node: Node) -> Iterator[Node]:
     """The tensors by which a node indexes another."""
-    if node.target is operator.getitem and isinstance(node.args[1], tuple):
-        yield from (one for one in node.args[1] if isinstance(one, Node))
-    elif name_of_target(node) in ("index_select", "gather") and len(node.args) > 2 and isinstance(node.args[2], Node):
-        yield node.args[2]
+    if node.target is operator.getitem:
+        steps = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        yield from (one for one in steps if isinstance(one, Node))
+    elif name_of_target(node) in ("index_select", "gather", "index_add", "index_add_"):
+        given = node.kwargs.get("index", node.args[2] if len(node.args) > 2 else None)
+        if isinstance(given, Node):
+            yield given
 
 
 def _classes(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[Node]:

@@ -200,7 +200,7 @@ class Reader:
             return
         if not isinstance(changed, Node) or "out" in node.kwargs or not self.order.may_be_new(node, changed):
             raise NotANetworkError(f"{name_of(node, self.modules)} changes a tensor that others see")
-        if changed in self.empties:
+        if changed in self.empties or changed in self.constants:
             return
         made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
         if (
@@ -459,6 +459,9 @@ class Reader:
             return True
         if layer.kind == "dropout":
             kind = nn.Dropout if layer.module is None else type(layer.module)
+            if kind is nn.AlphaDropout:
+                self.alpha_dropout(node, self.data(layer.input), layer.settings["p"])
+                return True
             if kind not in _DROPOUTS:
                 raise NotANetworkError(f"{kind.__name__} drops more than single elements")
             self.dropout(node, self.data(layer.input), layer.settings["p"], _DROPOUTS[kind])
@@ -525,6 +528,22 @@ class Reader:
             self.values[node] = value
             return
         self.add(node, "dropout", {"input": [value]}, p=float(p), channels_of=channels_of)
+        self.draws = True
+
+    def alpha_dropout(self, node: Node, value: Value, p: float) -> None:
+        """Dropout to the value that SELU has far below zero, which keeps mean and variance. As torch computes it:
+        x * (a kept) + alpha * a * (kept - 1) + alpha * a * p, of random ones `kept`."""
+        if not 0 < p < 1:
+            raise NotANetworkError("an alpha dropout drops nothing, or all")
+        alpha = 1.7580993408473766
+        a = ((alpha**2 * p + 1) * (1 - p)) ** -0.5
+        kept = self.add(None, "noise", {"like": [value]}, distribution="bernoulli", p=1 - p)
+        less = self.add(None, "binary", {"input": [kept]}, function="sub", number=1.0)
+        less = self.add(None, "binary", {"input": [less]}, function="mul", number=alpha * a)
+        shift = self.add(None, "binary", {"input": [less]}, function="add", number=alpha * a * p)
+        scale = self.add(None, "binary", {"input": [kept]}, function="mul", number=a)
+        scaled = self.add(None, "binary", {"input": [value], "other": [scale]}, function="mul")
+        self.add(node, "binary", {"input": [scaled], "other": [shift]}, function="add")
         self.draws = True
 
     def _add_max_pool(self, node: Node, layer: Layer, input: list[Value]) -> None:

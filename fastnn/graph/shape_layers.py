@@ -105,10 +105,43 @@ def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
 def _index_select(read: Reader, node: Node, x: Any, dim: Any, index: Any) -> None:
     if type(dim) is not int or not isinstance(index, Node):
         raise NotANetworkError("a dimension depends on sizes, or an index is no tensor")
+    if dim == 0 and _is_given(read, index):
+        return _gather_rows(read, node, read.data(x), index, rank=1)
     sizes, numbers = _indices(read, index)
     if len(sizes) != 1 or min(numbers) < 0:
         raise NotANetworkError("an index is no row of numbers")
     read.add(node, "index_select", {"input": [read.data(x)]}, dim=dim, index=numbers)
+
+
+def _is_given(read: Reader, index: Any) -> bool:
+    """Whether an index is what a network is given, such as an input, and no buffer, whose numbers the program has."""
+    root = index
+    while (
+        isinstance(root, Node) and root not in read.tensors and root.target in ("view", "reshape", "flatten", "ravel")
+    ):
+        root = root.args[0]
+    is_known = isinstance(root, Node) and root in read.tensors
+    return isinstance(index, Node) and not is_known and read.values.get(index) in read.given
+
+
+def _gather_rows(read: Reader, node: Node, value: Value, index: Node, *, rank: int = 0) -> None:
+    """x[index], of numbers that are not below zero. rank: how many dimensions the index must have; 0 for any."""
+    inputs = {"places": [_given_numbers(read, index)], "input": [value]}
+    read.add(node, "gather_rows", inputs, rank=rank)
+
+
+def _given_numbers(read: Reader, index: Node) -> Value:
+    if read.is_boolean(index):
+        raise NotANetworkError("an index chooses by booleans")
+    return read.whole_numbers(read.value(index))
+
+
+@row(torch.index_add, "index_add", "index_add_")
+def _index_add(read: Reader, node: Node, x: Any, dim: Any, index: Any, source: Any, *, alpha: Any = 1) -> None:
+    if dim != 0 or alpha != 1 or not isinstance(index, Node):
+        raise NotANetworkError("rows are added with a factor, or along another dimension than the first")
+    places = _given_numbers(read, index)
+    read.add(node, "add_rows", {"places": [places], "input": [read.data(x)], "source": [read.data(source)]})
 
 
 def _add_index(read: Reader, value: Value, dim: int, indices: Sequence[Any]) -> tuple[Value, int]:
@@ -600,6 +633,8 @@ def _index(read: Reader, node: Node, whole: Any, index: Any) -> None:
     dim = 0
     if _picks(node) and not any(one in read.tensors for one in steps[:2]):
         return _pick(read, node, value, *steps[:2])
+    if len(steps) == 1 and _is_given(read, steps[0]):
+        return _gather_rows(read, node, value, steps[0])
     if steps[0] is Ellipsis:
         del steps[0]
         if not steps or None in steps or (len(steps) > 1 and any(type(one) is int for one in steps)):

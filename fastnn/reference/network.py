@@ -383,6 +383,8 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "expand": _expand,
     "repeat": lambda line, taken: [_one(taken, "input").repeat(_sizes(line, taken))],
     "full": _full,
+    "gather_rows": lambda line, taken: [_one(taken, "input")[_one(taken, "places")]],
+    "add_rows": lambda line, taken: [_one(taken, "input").index_add(0, _one(taken, "places"), _one(taken, "source"))],
     "size": lambda line, taken: [torch.tensor(float(_sizes(line, taken)[0]) ** line["power"], dtype=torch.float64)],
     "flatten": lambda line, taken: [_one(taken, "input").flatten(line["start_dim"], line["end_dim"])],
     "unflatten": lambda line, taken: [_one(taken, "input").unflatten(line["dim"], line["sizes"])],

@@ -120,6 +120,107 @@ class PickLayer : public Layer<T> {
   bool wraps_;
 };
 
+// The rows of a value that are named by numbers: which rows, checked against how many there are.
+class RowNumbers {
+ public:
+  // numbers: `count` of them, copied, since another thread may write to the caller's tensor.
+  RowNumbers(const int64_t* numbers, int64_t count, int64_t rows) : numbers_(numbers, numbers + count) {
+    for (const int64_t number : numbers_) {
+      FASTNN_CHECK(number >= 0 && number < rows, "index ", number, " is out of bounds for dimension 0 with size ", rows);
+    }
+  }
+  // to[i] = from[number i], in rows of `features` elements.
+  template <class T>
+  void gather(const T* from, int64_t features, T* to) const {
+    parallel_range(count(), kCopyWork * static_cast<double>(features), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) std::copy_n(from + at(i) * features, features, to + i * features);
+    });
+  }
+  // to[number i] += from[i], in the order of the numbers. Threads share the features, so that the sums are the same for
+  // any number of threads.
+  template <class T>
+  void add(const T* from, int64_t features, T* to) const {
+    parallel_range(features, 2 * kCopyWork * static_cast<double>(count()), [&](int64_t first, int64_t last) {
+      for (int64_t i = 0; i < count(); ++i) {
+        for (int64_t f = first; f < last; ++f) to[at(i) * features + f] += from[i * features + f];
+      }
+    });
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(numbers_.size()); }
+  int64_t at(int64_t i) const { return numbers_[static_cast<size_t>(i)]; }
+  Ints numbers_;
+};
+
+// The sizes of the rows that `places` name, of a value of these sizes. rank: how many dimensions the places must have; 0
+// for any.
+inline Ints gathered_sizes(const Ints& places, const Ints& sizes, int64_t rank = 0) {
+  FASTNN_CHECK(!sizes.empty(), "expected an input that has rows");
+  FASTNN_CHECK(rank == 0 || static_cast<int64_t>(places.size()) == rank, "expected indices of ", rank,
+               " dimensions, got size ", to_string(places));
+  Ints result = places;
+  result.insert(result.end(), sizes.begin() + 1, sizes.end());
+  return result;
+}
+inline void check_added_sizes(const Ints& places, const Ints& sizes, const Ints& source) {
+  FASTNN_CHECK(places.size() == 1 && !sizes.empty() && source == gathered_sizes(places, sizes),
+               "expected a row of indices and as many rows to add, of the input's sizes, got size ", to_string(source),
+               " for ", to_string(sizes));
+}
+
+// The rows of a value that another value names, as in x[places].
+template <class T>
+class GatherRowsLayer : public Layer<T> {
+ public:
+  GatherRowsLayer(const ProgramLine& line, const Weights<T>&) : rank_(line.integer("rank", 0, 16)) {
+    this->inputs = {line.input("places"), line.input("input")};
+  }
+  bool takes_other_elements() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    FASTNN_CHECK(site.inputs[0].elements == ElementKind::integers && site.inputs[1].elements == ElementKind::numbers,
+                 "expected indices of int64, and a floating-point input");
+    site.outputs[0].sizes = gathered_sizes(site.sizes(0), site.sizes(1), rank_);
+  }
+  void run(const LayerCall<T>& call) const override {
+    const Ints& sizes = call.site.sizes(1);
+    const RowNumbers numbers(static_cast<const int64_t*>(call.inputs[0]), call.site.inputs[0].count(), sizes[0]);
+    numbers.gather(call.input(1), product(sizes, 1, sizes.size()), call.output(0));
+  }
+
+ private:
+  int64_t rank_;
+};
+
+// A value to whose rows, which another value names, others are added: index_add along the first dimension.
+template <class T>
+class AddRowsLayer : public Layer<T> {
+ public:
+  AddRowsLayer(const ProgramLine& line, const Weights<T>&) {
+    this->inputs = {line.input("places"), line.input("input"), line.input("source")};
+  }
+  bool takes_other_elements() const override { return true; }
+  void set_sizes(Site<T>& site) const override {
+    FASTNN_CHECK(site.inputs[0].elements == ElementKind::integers && site.inputs[1].elements == ElementKind::numbers &&
+                     site.inputs[2].elements == ElementKind::numbers,
+                 "expected indices of int64, and floating-point inputs");
+    check_added_sizes(site.sizes(0), site.sizes(1), site.sizes(2));
+    site.outputs[0].sizes = site.sizes(1);
+  }
+  void run(const LayerCall<T>& call) const override {
+    const Ints& sizes = call.site.sizes(1);
+    const RowNumbers numbers(static_cast<const int64_t*>(call.inputs[0]), call.site.inputs[0].count(), sizes[0]);
+    std::copy_n(call.input(1), call.site.outputs[0].count(), call.output(0));
+    numbers.add(call.input(2), product(sizes, 1, sizes.size()), call.output(0));
+  }
+};
+
+inline LayerEntry gather_rows_entry() {
+  return layer_entry<GatherRowsLayer>("gather_rows", {"places", "input"}, {{"rank", "int", "0"}});
+}
+inline LayerEntry add_rows_entry() {
+  return layer_entry<AddRowsLayer>("add_rows", {"places", "input", "source"}, {});
+}
 inline LayerEntry pick_entry() {
   return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {{"wraps", "bool", "1"}});
 }

@@ -24,6 +24,8 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"rnn", make_training<RnnTraining, T>},
       {"embedding", make_training<EmbeddingTraining, T>},
       {"pick", make_training<PickTraining, T>},
+      {"gather_rows", make_training<GatherRowsTraining, T>},
+      {"add_rows", make_training<AddRowsTraining, T>},
       {"activation", make_training<ActivationTraining, T>},
       {"clamp", make_training<ClampTraining, T>},
       {"unary", make_training<FunctionTraining, T>},

@@ -398,4 +398,65 @@ class PickTraining : public TrainingLayer<T> {
   int64_t inner_ = 0;
 };
 
+template <class T>
+class GatherRowsTraining : public TrainingLayer<T> {
+ public:
+  explicit GatherRowsTraining(const ProgramLine& line) : rank_(line.integer("rank", 0, 16)) {
+    this->take(line, {"places", "input"});
+  }
+  size_t integers() const override { return 1; }
+  void forward(Tensor* outputs) override {
+    const Tensor places = dense(this->given[0]), from = dense(this->given[1]);
+    sizes_ = sizes_of(from);
+    outputs[0] = new_tensor(gathered_sizes(sizes_of(places), sizes_, rank_), kDtypeOf<T>);
+    numbers_.emplace(data<int64_t>(places), places.numel(), sizes_[0]);
+    numbers_->gather(data<T>(from), product(sizes_, 1, sizes_.size()), mutable_data<T>(outputs[0]));
+  }
+  // A row may have been taken several times.
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (!wanted[1]) return;
+    const Tensor gradient = dense(gradients[0]);
+    Tensor result = new_tensor(sizes_, kDtypeOf<T>);
+    std::fill_n(mutable_data<T>(result), result.numel(), T(0));
+    numbers_->add(data<T>(gradient), product(sizes_, 1, sizes_.size()), mutable_data<T>(result));
+    results[1] = {std::move(result), nullptr, true};
+  }
+  void forget() override { numbers_.reset(); }
+
+ private:
+  int64_t rank_;
+  std::optional<RowNumbers> numbers_;
+  Ints sizes_;
+};
+
+template <class T>
+class AddRowsTraining : public TrainingLayer<T> {
+ public:
+  explicit AddRowsTraining(const ProgramLine& line) { this->take(line, {"places", "input", "source"}); }
+  size_t integers() const override { return 1; }
+  void forward(Tensor* outputs) override {
+    const Tensor places = dense(this->given[0]), to = dense(this->given[1]), source = dense(this->given[2]);
+    sizes_ = sizes_of(to);
+    source_sizes_ = sizes_of(source);
+    check_added_sizes(sizes_of(places), sizes_, source_sizes_);
+    numbers_.emplace(data<int64_t>(places), places.numel(), sizes_[0]);
+    outputs[0] = new_tensor(sizes_, kDtypeOf<T>);
+    std::copy_n(data<T>(to), to.numel(), mutable_data<T>(outputs[0]));
+    numbers_->add(data<T>(source), product(sizes_, 1, sizes_.size()), mutable_data<T>(outputs[0]));
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    if (wanted[1]) results[1].tensor = gradients[0];
+    if (!wanted[2]) return;
+    const Tensor gradient = dense(gradients[0]);
+    Tensor result = new_tensor(source_sizes_, kDtypeOf<T>);
+    numbers_->gather(data<T>(gradient), product(sizes_, 1, sizes_.size()), mutable_data<T>(result));
+    results[2] = {std::move(result), nullptr, true};
+  }
+  void forget() override { numbers_.reset(); }
+
+ private:
+  std::optional<RowNumbers> numbers_;
+  Ints sizes_, source_sizes_;
+};
+
 }  // namespace fastnn
