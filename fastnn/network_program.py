@@ -78,6 +78,15 @@ COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 UNARY = ("abs", "sqrt", "rsqrt", "log", "log1p", "expm1", "erf", "atan", "sign", "round", "floor", "ceil")
 
 
+# Layers that move elements, and whose results may lie in the memory of what they take.
+VIEWS = frozenset(
+    {
+        *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
+        *("split", "unflatten", "detach", "check_sizes"),
+    }
+)
+
+
 def write_attribute(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastnn
 from fastnn.graph import stretches
+from fastnn.ops.network import InferenceNetwork
 
 Function = Callable[["Between", Tensor, Tensor, Tensor], Tensor]
 
@@ -246,3 +247,41 @@ def test_a_loop_over_steps_that_is_no_network_is_read_once(monkeypatch: pytest.M
         for _ in range(3):
             step(x, target)
     step(torch.randn(6, 4, 3), target)  # other sizes
+
+
+class Viewed(nn.Module):
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        self.layer, self.views = nn.Linear(6, 8), views
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(x))
+        return y.flatten() * x.unsqueeze(0).view(-1)[0] if self.views else y * 2
+
+
+def test_parts_of_tensors_go_into_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stock's results would be contiguous; but no view may be of what torch refuses to view."""
+    whole, calls = torch.randn(5, 9), []
+    run_network = InferenceNetwork.run
+
+    def run(self: InferenceNetwork, tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(tensors)
+        return run_network(self, tensors)
+
+    monkeypatch.setattr(InferenceNetwork, "run", run)
+    with torch.no_grad():
+        for x, is_taken in ((whole[:, :6], True), (whole[::2, 1:7], True), (whole[:1].t()[:6].t(), True),
+                            (torch.randn(6, 5).t(), False), (torch.randn(6).expand(5, 6), False)):  # fmt: skip
+            model = Viewed(False)
+            calls.clear()
+            torch.testing.assert_close(fastnn.fuse(copy.deepcopy(model))(x), model(x))
+            assert bool(calls) == is_taken
+        for x in (whole[:, :6], torch.randn(5, 6)):
+            model = Viewed(True)
+            fused = fastnn.fuse(copy.deepcopy(model))
+            if x.is_contiguous():
+                torch.testing.assert_close(fused(x), model(x))
+            else:
+                for one in (model, fused):
+                    with pytest.raises(RuntimeError, match="view size is not compatible"):
+                        one(x)

@@ -145,12 +145,18 @@ struct Operand {
   bool is_activated() const { return activation.kind != ActivationKind::identity; }
 };
 
-// The elements of an operand that a block takes, one behind the other: where they are, or in `block` (kBlock).
+constexpr int64_t kShortRun = 64;  // elements; so few take less time to be copied than a call of a kernel does
+
+// The elements of an operand that a block takes, one behind the other: where they are, or in `block` (kBlock). step:
+// from a row to the next; within: from an element of a row to the next, 1, or 0 where a row is one element many times.
 template <class T>
-const T* elements_of_block(const Operand<T>& operand, int64_t offset, int64_t step, int64_t rows, int64_t length,
-                           T* block) {
+const T* elements_of_block(const Operand<T>& operand, int64_t offset, int64_t step, int64_t within, int64_t rows,
+                           int64_t length, T* block) {
   const T* from = operand.from + offset;
-  if (rows > 1 && step != length) {
+  if (within == 0) {
+    for (int64_t row = 0; row < rows; ++row) std::fill_n(block + row * length, length, from[row * step]);
+    from = block;
+  } else if (rows > 1 && step != length) {
     elementwise_kernels().get<T>().copy_runs(from, step, rows, length, block, length);
     from = block;
   }
@@ -174,12 +180,13 @@ void combine_arrays(BinaryKind kind, const Operand<T>& a, const Operand<T>& b, c
   const int64_t length = loops.sizes[last], a_step = loops.strides[0][last], b_step = loops.strides[1][last];
   const bool activates = a.is_activated() || b.is_activated(), finishes = activation.kind != ActivationKind::identity;
   const double work = activates || finishes ? kActivationWork : kCopyWork;
-  if (a_step == 1 && b_step == 1) {
+  const bool is_short = last > 0 && length < kShortRun && a_step <= 1 && b_step <= 1;
+  if ((a_step == 1 && b_step == 1) || is_short) {
     const size_t d = last > 0 ? last - 1 : 0;
     return loops.for_each_block(kBlock, work, [&](const auto& at, int64_t rows, int64_t some) {
       const Scratch<T> a_block(kBlock), b_block(kBlock);
-      const T* const left = elements_of_block(a, at[0], loops.strides[0][d], rows, some, a_block.get());
-      const T* const right = elements_of_block(b, at[1], loops.strides[1][d], rows, some, b_block.get());
+      const T* const left = elements_of_block(a, at[0], loops.strides[0][d], a_step, rows, some, a_block.get());
+      const T* const right = elements_of_block(b, at[1], loops.strides[1][d], b_step, rows, some, b_block.get());
       kernels.binary(kind, left, 1, right, 1, rows * some, to + at[2]);
       if (finishes) mlp.activate(activation, to + at[2], to + at[2], rows * some);
     });

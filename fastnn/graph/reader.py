@@ -23,7 +23,7 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
 from fastnn.graph.prologue import DRAW, GIVE_BOOLEANS, Prologue, name_of_target
-from fastnn.network_program import Line, TextLine, Value
+from fastnn.network_program import VIEWS, Line, TextLine, Value
 from fastnn.nn._hooks import has_own_call, layer_forward
 from fastnn.ops.conv_relu_max_pool import pad_of_ends, same_padding
 
@@ -57,15 +57,6 @@ def used_lines(lines: Sequence[Line], results: Sequence[Value]) -> list[Line]:
             needed.update(line.taken())
             kept.append(line)
     return kept[::-1]
-
-
-# Layers that move elements, and whose results may lie in the memory of what they take.
-VIEWS = frozenset(
-    {
-        *("reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "contiguous", "select", "slice"),
-        *("split", "unflatten", "detach", "check_sizes"),
-    }
-)
 
 
 # What torch calls functions that are such layers, for booleans too.

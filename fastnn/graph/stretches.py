@@ -26,9 +26,9 @@ from fastnn.graph.guard import Guard
 from fastnn.graph.joining import drop_unused_parts
 from fastnn.graph.order import Order
 from fastnn.graph.prologue import Prologue, changes_what_it_reads, set_forms
-from fastnn.graph.reader import VIEWS, NotANetworkError, Reader, changed_statistics, draws, has_side_effects, used_lines
+from fastnn.graph.reader import NotANetworkError, Reader, changed_statistics, draws, has_side_effects, used_lines
 from fastnn.graph.rewriting import rewrite_unpacked
-from fastnn.network_program import KINDS, Line, Value, write
+from fastnn.network_program import KINDS, VIEWS, Line, Value, write
 from fastnn.network_program import read as read_text
 from fastnn.ops._autograd import is_plain, wants_gradient
 from fastnn.ops.network import InferenceNetwork
@@ -129,8 +129,8 @@ class NetworkCall:
 
     def _may_run_at_once(self, tensors: Sequence[Any], values: Sequence[Any]) -> bool:
         program, number = self.program, tensors[-1]
-        for one in tensors[: program.inputs]:
-            if type(one) is not Tensor or not one.is_cpu or not program.takes(one):
+        for place, one in enumerate(tensors[: program.inputs]):
+            if type(one) is not Tensor or not one.is_cpu or not program.takes(place, one):
                 return False
             if one.is_floating_point():
                 number = one

@@ -1,13 +1,14 @@
 """A whole network in one operator: its Python side. (csrc/network/infer.cpp)"""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnn._torch import direct_call
-from fastnn.network_program import TextLine
+from fastnn.network_program import VIEWS, TextLine, read
 from fastnn.ops._autograd import check_same_device
 from fastnn.ops._raw_operator import raw_operator
 from fastnn.recurrent_modes import MODE_OF
@@ -37,15 +38,19 @@ class InferenceNetwork:
         self.inputs = sum(are_inputs)
         self.text = texts[0][0]
         self._reshapes = "\nreshape " in self.text
+        self._reshaped = _reshaped_inputs(self.text)
         self._are_inputs, self._computed, self._texts = are_inputs, computed, texts
         # By the inputs' numbers of dimensions and the sizes of what is computed: the text for them, and the places of
         # its parameters.
         self._known: dict[tuple[Any, ...], tuple[str, Sequence[int]]] = {}
 
-    def takes(self, input: Tensor) -> bool:
-        """Whether an input lies as the results do. One without elements is taken where nothing reshapes it: torch
-        refuses a view of it with a size of -1."""
-        return input.is_contiguous() and (not self._reshapes or input.numel() != 0)
+    def takes(self, place: int, input: Tensor) -> bool:
+        """Whether the input of this place lies as the results do, or is a part of a tensor that does. (Torch refuses
+        some views of such a part, so that then nothing may reshape it.) One without elements is taken where nothing
+        reshapes anything: torch refuses a view of it with a size of -1."""
+        if self._reshapes and input.numel() == 0:
+            return False
+        return input.is_contiguous() or (place not in self._reshaped and _is_in_order(input))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs. tensors: the inputs, then the parameters. Callers know that the call is plain
@@ -75,6 +80,26 @@ class InferenceNetwork:
                 self._known[key] = text, places
                 break
         return outputs
+
+
+def _reshaped_inputs(text: str) -> frozenset[int]:
+    """The places of the inputs that a line reshapes: themselves, or a view of them."""
+    views: dict[str, int] = {}  # of values that may lie in an input's memory, the input's place
+    found = set()
+    for line in read(text):
+        if line.layer == "input":
+            views[line.outputs[0]] = len(views)
+        elif line.layer in VIEWS and (place := views.get(line.inputs["input"][0])) is not None:
+            views.update(dict.fromkeys(line.outputs, place))
+            if line.layer == "reshape":
+                found.add(place)
+    return frozenset(found)
+
+
+def _is_in_order(input: Tensor) -> bool:
+    """Whether the dimensions lie in memory in their order, as those of a part of a contiguous tensor do."""
+    strides = [stride for size, stride in zip(input.shape, input.stride(), strict=True) if size != 1]
+    return all(first >= second > 0 for first, second in pairwise([*strides, 1]))
 
 
 def _rnn_sizes(line: TextLine, taken: Taken) -> list[Tensor]:

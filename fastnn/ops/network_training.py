@@ -50,7 +50,7 @@ class TrainedNetwork:
         self.inputs = sum(line.layer == "input" for line in read(text))
         self._needs: dict[tuple[bool, ...], Needs] = {}
 
-    def takes(self, input: Tensor) -> bool:
+    def takes(self, place: int, input: Tensor) -> bool:
         """Whether an input lies as the network reads it: in any way."""
         return True
 

@@ -59,9 +59,8 @@ class ClampLayer : public UnaryLayer<T> {
 
 // The functions of an element that torch computes. X(name): torch's name of the function. But `root` is the square root
 // that ends a norm: its derivative at 0 is taken to be 0.
-#define FASTNN_FOR_EACH_UNARY(X)                                               \
-  X(abs) X(sqrt) X(rsqrt) X(log) X(log1p) X(expm1) X(erf) X(atan) X(sign) X(round) \
-  X(floor) X(ceil) X(root)
+#define FASTNN_FOR_EACH_UNARY(X) \
+  X(abs) X(sqrt) X(rsqrt) X(log) X(log1p) X(expm1) X(erf) X(atan) X(sign) X(round) X(floor) X(ceil) X(root)
 enum class UnaryKind : int32_t {
 #define FASTNN_ENUMERATOR(name) name,
   FASTNN_FOR_EACH_UNARY(FASTNN_ENUMERATOR)

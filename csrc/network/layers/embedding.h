@@ -75,7 +75,8 @@ class Picked {
 
  private:
   int64_t wrapped(int64_t number, int64_t size) const {
-    FASTNN_CHECK(number >= (wraps_ ? -size : 0) && number < size, "index ", number, " is out of bounds for size ", size);
+    FASTNN_CHECK(number >= (wraps_ ? -size : 0) && number < size, "index ", number, " is out of bounds for size ",
+                 size);
     return number < 0 ? number + size : number;
   }
   bool wraps_;
@@ -126,7 +127,8 @@ class RowNumbers {
   // numbers: `count` of them, copied, since another thread may write to the caller's tensor.
   RowNumbers(const int64_t* numbers, int64_t count, int64_t rows) : numbers_(numbers, numbers + count) {
     for (const int64_t number : numbers_) {
-      FASTNN_CHECK(number >= 0 && number < rows, "index ", number, " is out of bounds for dimension 0 with size ", rows);
+      FASTNN_CHECK(number >= 0 && number < rows, "index ", number, " is out of bounds for dimension 0 with size ",
+                   rows);
     }
   }
   // to[i] = from[number i], in rows of `features` elements.
@@ -153,8 +155,8 @@ class RowNumbers {
   Ints numbers_;
 };
 
-// The sizes of the rows that `places` name, of a value of these sizes. rank: how many dimensions the places must have; 0
-// for any.
+// The sizes of the rows that `places` name, of a value of these sizes. rank: how many dimensions the places must have;
+// 0 for any.
 inline Ints gathered_sizes(const Ints& places, const Ints& sizes, int64_t rank = 0) {
   FASTNN_CHECK(!sizes.empty(), "expected an input that has rows");
   FASTNN_CHECK(rank == 0 || static_cast<int64_t>(places.size()) == rank, "expected indices of ", rank,

@@ -218,8 +218,7 @@ class FullLayer : public Layer<T> {
 template <class T>
 class SizeLayer : public Layer<T> {
  public:
-  SizeLayer(const ProgramLine& line, const Weights<T>&)
-      : asked_(line, {}, this->inputs), power_(line.real("power")) {
+  SizeLayer(const ProgramLine& line, const Weights<T>&) : asked_(line, {}, this->inputs), power_(line.real("power")) {
     this->sizes_only = asked_.like();
     if (asked_.count() != 1) line.refuse("expected one size");
   }

@@ -384,9 +384,9 @@ class DropoutTraining : public UnaryTraining<T> {
   Tensor scales_;
 };
 
-// Random numbers, drawn by torch: normal ones, uniform ones from 0 to 1, or ones of the probability `p` among zeros. The
-// sizes are those that the line asks for. Where they are another value's, so are the strides, because torch draws in the
-// order of memory; or only the first `keeps` sizes are that value's, and the others are 1.
+// Random numbers, drawn by torch: normal ones, uniform ones from 0 to 1, or ones of the probability `p` among zeros.
+// The sizes are those that the line asks for. Where they are another value's, so are the strides, because torch draws
+// in the order of memory; or only the first `keeps` sizes are that value's, and the others are 1.
 template <class T>
 class NoiseTraining : public TrainingLayer<T> {
  public:
@@ -413,8 +413,8 @@ class NoiseTraining : public TrainingLayer<T> {
         FASTNN_CHECK(size >= 0, "Trying to create tensor with negative dimension ", size, ": ", to_string(sizes));
       }
       if (keeps_ >= 0) {
-        FASTNN_CHECK(static_cast<size_t>(keeps_) <= sizes.size(), "expected at least ", keeps_, " dimensions, got size ",
-                     to_string(sizes));
+        FASTNN_CHECK(static_cast<size_t>(keeps_) <= sizes.size(), "expected at least ", keeps_,
+                     " dimensions, got size ", to_string(sizes));
         std::fill(sizes.begin() + keeps_, sizes.end(), 1);
       }
       noise_ = new_tensor(sizes, kDtypeOf<T>);

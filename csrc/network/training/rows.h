@@ -361,14 +361,17 @@ class EmbeddingTraining : public TrainingLayer<T> {
 template <class T>
 class PickTraining : public TrainingLayer<T> {
  public:
-  explicit PickTraining(const ProgramLine& line) : wraps_(line.flag("wraps")) { this->take(line, {"rows", "places", "input"}); }
+  explicit PickTraining(const ProgramLine& line) : wraps_(line.flag("wraps")) {
+    this->take(line, {"rows", "places", "input"});
+  }
   void forward(Tensor* outputs) override {
     const Tensor from = dense(input());
     Ints sizes = sizes_of(from);
     const Tensor places = dense(this->given[integers() - 1]), rows = integers() > 1 ? dense(this->given[0]) : Tensor();
     FASTNN_CHECK(places.dim() == 1 && (integers() == 1 || same_sizes(rows, places)), kTrainingStep,
                  ": expected rows of indices of one size");
-    picked_.emplace(integers() > 1 ? data<int64_t>(rows) : nullptr, data<int64_t>(places), places.numel(), sizes, wraps_);
+    picked_.emplace(integers() > 1 ? data<int64_t>(rows) : nullptr, data<int64_t>(places), places.numel(), sizes,
+                    wraps_);
     inner_ = product(sizes, 2, sizes.size());
     sizes.erase(sizes.begin());
     sizes[0] = places.numel();
