@@ -44,6 +44,7 @@ const std::vector<LayerEntry>& layer_entries() {
         prelu_entry(),
         binary_entry(),
         where_entry(),
+        lerp_entry(),
         cast_entry(),
         softmax_entry(),
         layer_norm_entry(),

@@ -729,7 +729,13 @@ class _AsFused:
 
     def __init__(self, read: Reader) -> None:
         self._read, self.lines, self.values = read, read.lines, dict[Node, Value]()
-        self.sizes: dict[Node, Any] = {}  # no node that a row sees is a size
+        # No node that a row sees is a size, and nothing changes in place.
+        self.sizes: dict[Node, Any] = {}
+        self.powers: dict[Node, Any] = {}
+        self.saved: set[Value] = set()
+
+    def may_hold_others(self, node: Any) -> bool:
+        return False
 
     @property
     def booleans(self) -> set[Value]:
@@ -825,7 +831,13 @@ _FUSED_ROWS: dict[Any, Any] = {
     **dict.fromkeys((_aten.bilinear.default,), F.bilinear),
 }
 # Of these, functions for which a network needs a tensor that has dimensions.
-_OVER_DIMENSIONS = (_aten.amax.default, _aten.amin.default, _aten.logsumexp.default, _aten.cosine_similarity.default)
+_OVER_DIMENSIONS = (
+    _aten.amax.default,
+    _aten.amin.default,
+    _aten.cumsum.default,
+    _aten.logsumexp.default,
+    _aten.cosine_similarity.default,
+)
 
 
 @_row(*_FUSED_ROWS)

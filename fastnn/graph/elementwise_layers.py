@@ -50,6 +50,8 @@ def _is_of_rank(read: Reader, node: Node, x: Any, y: Any) -> bool:
         read.ones[node] = read.ranks[y]
     elif isinstance(y, Node) and y in read.ones and function == "add" and isinstance(x, (tuple, list)):
         value, count = read.ones[y]
+        if isinstance(x, tuple) != isinstance(y.args[0], tuple) or count < 0:
+            raise NotANetworkError("sizes are put together of a tuple and a list, or of more ones than dimensions")
         known = [read.sizes.get(size) if isinstance(size, Node) else None for size in x]
         if known != [Size(((value, dim),)) for dim in range(count)]:
             raise NotANetworkError("sizes are put together of others than a tensor's first ones")
@@ -75,8 +77,11 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
         x, y = y, x
     if isinstance(y, Node):  # an operand broadcasts by itself
         x, y = _without_expand(x, y), _without_expand(y, x)
-    if isinstance(y, Node) and (x in read.sizes or y in read.sizes):
-        first, second = (size_value(read, one) if one in read.sizes else read.data(one) for one in (x, y))
+    if isinstance(y, Node) and any(one in read.sizes or one in read.powers for one in (x, y)):
+        # (With a size torch would compute in another dtype where the tensor may hold integers.)
+        if any(one not in read.sizes and one not in read.powers and read.may_hold_others(one) for one in (x, y)):
+            raise NotANetworkError("a size goes to what may be no floating-point numbers")
+        first, second = (_number_or_data(read, one) for one in (x, y))
         read.add(node, "binary", {"input": [first], "other": [second]}, function=function)
         return
     if isinstance(y, Node):
@@ -89,6 +94,12 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
         read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
     else:
         raise NotANetworkError(f"{function} takes a {type(y).__name__}")
+
+
+def _number_or_data(read: Reader, node: Node) -> Value:
+    if node in read.powers:
+        return size_value(read, *read.powers[node])
+    return size_value(read, node) if node in read.sizes else read.data(node)
 
 
 def _without_expand(node: Node, other: Node) -> Any:
@@ -220,7 +231,7 @@ def _unary(read: Reader, node: Node, x: Any) -> None:
 
 @row(torch.reciprocal, "reciprocal")
 def _reciprocal(read: Reader, node: Node, x: Any) -> None:
-    read.add(node, "binary", {"input": [read.data(x)]}, function="div", number=1.0, reverses=True)
+    read.saved.add(read.add(node, "binary", {"input": [read.data(x)]}, function="div", number=1.0, reverses=True))
 
 
 @row(torch.addcmul, "addcmul", torch.addcdiv, "addcdiv")
@@ -240,30 +251,17 @@ def _lerp(read: Reader, node: Node, start: Any, end: Any, weight: Any) -> None:
     """start + weight (end - start); from a weight of one half on from the other end, as in torch, so that a weight of 1
     gives the end itself."""
     first, last = read.data(start), read.data(end)
-    whole = read.add(None, "binary", {"input": [last], "other": [first]}, function="sub")
-
-    def part(factor: Value | float) -> Value:
-        given = {"number": factor} if isinstance(factor, float) else {}
-        other = {"other": [factor]} if isinstance(factor, Value) else {}
-        return read.add(None, "binary", {"input": [whole], **other}, function="mul", **given)
-
-    def from_start(weight: Value | float, to: Node | None = None) -> Value:
-        return read.add(to, "binary", {"input": [first], "other": [part(weight)]}, function="add")
-
-    def from_end(rest: Value | float, to: Node | None = None) -> Value:
-        return read.add(to, "binary", {"input": [last], "other": [part(rest)]}, function="sub")
-
-    if type(weight) in (int, float):
-        if not abs(weight) < 1e30:
-            raise NotANetworkError("a weight between two tensors is no number")
-        from_start(float(weight), node) if abs(weight) < 0.5 else from_end(1 - float(weight), node)
+    if isinstance(weight, Node):
+        read.add(node, "lerp", {"input": [first], "other": [last], "amount": [read.data(weight)]})
         return
-    given = read.data(weight)
-    size = read.add(None, "unary", {"input": [given]}, function="abs")
-    is_near = read.add(None, "binary", {"input": [size]}, function="lt", number=0.5)
-    rest = read.add(None, "binary", {"input": [given]}, function="sub", number=1.0, reverses=True)
-    inputs = {"condition": [is_near], "input": [from_start(given)], "other": [from_end(rest)]}
-    read.add(node, "where", inputs)
+    if type(weight) not in (int, float) or not abs(weight) < 1e30:
+        raise NotANetworkError("a weight between two tensors is no number")
+    near = abs(weight) < 0.5
+    factor = float(weight) if near else 1 - float(weight)
+    part = read.add(None, "binary", {"input": [last], "other": [first]}, function="sub")
+    part = read.add(None, "binary", {"input": [part]}, function="mul", number=factor)
+    inputs = {"input": [first if near else last], "other": [part]}
+    read.add(node, "binary", inputs, function="add" if near else "sub")
 
 
 @row(torch.square, "square")
@@ -275,14 +273,14 @@ def _square(read: Reader, node: Node, x: Any) -> None:
 @row(operator.pow, torch.pow, "pow")
 def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
     if x in read.sizes and type(exponent) in (int, float) and abs(exponent) <= 4:
-        read.values[node] = size_value(read, x, exponent)
+        read.powers[node] = x, float(exponent)  # a number of Python's, with which tensors may be multiplied
         return
-    if type(exponent) not in (int, float) or exponent not in (-1, -0.5, 0.5, 2, 3) or not isinstance(x, Node):
+    if type(exponent) not in (int, float) or exponent not in (-1, 0.5, 2, 3) or not isinstance(x, Node):
         raise NotANetworkError("a power is no square, cube or root")
     if exponent == -1:
         return _reciprocal(read, node, x)
-    if exponent in (0.5, -0.5):
-        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt" if exponent > 0 else "rsqrt")
+    if exponent == 0.5:
+        read.add(node, "unary", {"input": [read.data(x)]}, function="sqrt")
         return
     _square(read, node, x)
     if exponent == 3:

@@ -249,7 +249,7 @@ def _local_response_norm(
     """Each element is divided by a power of the mean square of its neighbours in other channels."""
     if type(size) is not int or size < 1 or not all(type(one) in (int, float) for one in (alpha, beta, k)):
         raise NotANetworkError("a local response norm has settings that no network knows")
-    if not (alpha >= 0 and k > 0):  # the power is taken by a logarithm
+    if not (alpha >= 0 and k > 0 and beta > 0):  # the power is taken by a logarithm
         raise NotANetworkError("a local response norm divides by what may be negative")
     value = read.data(x)
     squares = read.add(None, "binary", {"input": [value], "other": [value]}, function="mul")

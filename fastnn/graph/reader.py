@@ -113,11 +113,13 @@ class Reader:
         self.tails: dict[Node, tuple[Value, int]] = {}
         # Of a node that is a size: the dimensions of values whose product it is, times a number, divided by another.
         self.sizes: dict[Node, Size] = {}
-        # Of a node that is the number of a value's dimensions less a number: the value, and that number. And of a node
-        # that is so many ones, or that many of the value's first sizes before them: the same.
+        # Of a node that is a power of a size: the size's node, and the exponent.
+        self.powers: dict[Node, tuple[Node, float]] = {}
+        # Of nodes that are x.ndim - n, (1,) * (x.ndim - n), and n sizes of x before that: x, and n.
         self.ranks: dict[Node, tuple[Value, int]] = {}
         self.ones: dict[Node, tuple[Value, int]] = {}
         self.first_sizes: dict[Node, tuple[Value, int]] = {}
+        self.saved: set[Value] = set()  # results that torch's backward needs, although the line's own does not
         self.tensors: dict[Node, tuple[Any, Any]] = {}  # where nodes that are tensors of the model are found
         self.done: set[Node] = set()  # nodes that were read with one before
         self.lines: list[Line] = []
@@ -195,7 +197,10 @@ class Reader:
             return
         made = next((line for line in self.lines if self.values.get(changed) in line.outputs), None)
         if (
-            made is None or made.layer not in _NOT_SAVED or made.attributes.get("activation", "identity") != "identity"
+            made is None
+            or made.layer not in _NOT_SAVED
+            or made.attributes.get("activation", "identity") != "identity"
+            or self.values[changed] in self.saved
         ):  # stock's backward raises
             raise NotANetworkError(f"{name_of(node, self.modules)} changes a tensor that backward may need")
 

@@ -169,7 +169,9 @@ def _amin(read: Reader, node: Node, x: Any, dim: Any = (), keepdim: bool = False
 def _add_smallest(read: Reader, node: Node | None, x: Any, dims: Sequence[int], keepdim: bool, ties: str) -> Value:
     negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
     largest = read.add(None, "amax", {"input": [negative]}, dims=list(dims), keepdim=bool(keepdim), ties=ties)
-    return read.add(node, "binary", {"input": [largest]}, function="mul", number=-1.0)
+    smallest = read.add(node, "binary", {"input": [largest]}, function="mul", number=-1.0)
+    read.saved.add(smallest)
+    return smallest
 
 
 @row(torch.cumsum, "cumsum")
@@ -244,6 +246,8 @@ def _bilinear_module(read: Reader, node: Node, module: Any, x1: Any, x2: Any) ->
 def _add_bilinear(read: Reader, node: Node, x1: Value, x2: Value, weight: list[Value], bias: list[Value]) -> None:
     """The second operand goes through a linear layer that has an output for each pair of an output and a feature of the
     first operand; then each output is a product of two vectors."""
+    # The operands must be matrices of as many rows. (Torch broadcasts no others.)
+    x1 = read.add(None, "check_sizes", {"input": [x1], "like": [x2]}, sizes=["0.0", -1])
     outputs, first = weight[0].sizes[:2]
     rows = read.add(None, "flatten", {"input": weight}, start_dim=0, end_dim=1)
     turned = read.add(None, "transpose", {"input": [rows]}, first=0, second=1)

@@ -85,6 +85,8 @@ def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
     if isinstance(given, (list, tuple)) and given:
         return (len(given),), _integers(given)
     if isinstance(given, Node) and given.target in ("view", "reshape", "flatten", "ravel") and not given.kwargs:
+        if not all(type(one) is int or isinstance(one, (tuple, list)) for one in given.args[1:]):
+            raise NotANetworkError("an index is viewed as another dtype")
         sizes, numbers = _indices(read, given.args[0])
         try:  # torch itself says which sizes these then are
             seen = getattr(torch.tensor(numbers).view(sizes), str(given.target))(*given.args[1:])
@@ -409,12 +411,12 @@ def _transpose(read: Reader, node: Node, x: Any, first: int, second: int) -> Non
 def _movedim(read: Reader, node: Node, x: Any, source: Any, destination: Any) -> None:
     """A dimension moves as it changes places with its neighbours, one by one."""
     are_numbers = type(source) is int and type(destination) is int
-    if not are_numbers or (source < 0) != (destination < 0):
+    if not are_numbers or (source < 0) != (destination < 0) or source == destination:
         raise NotANetworkError("a dimension moves to a place that depends on their number")
     value, step = read.data(x), 1 if source < destination else -1
     for dim in range(source, destination, step):
         value = read.add(None, "transpose", {"input": [value]}, first=dim, second=dim + step)
-    read.values[node] = value if source != destination else read.add(None, "slice", {"input": [value]}, dim=0)
+    read.values[node] = value
 
 
 @row(torch.narrow, "narrow")
@@ -429,6 +431,8 @@ def _windows(read: Reader, node: Node, x: Any, dimension: Any, size: Any, step: 
     """Windows of one of the last two dimensions, whose elements come last."""
     if not all(type(one) is int for one in (dimension, size, step)) or dimension not in (-1, -2):
         raise NotANetworkError("windows are of a dimension that is counted from the first")
+    if size < 1 or step < 1:
+        raise NotANetworkError("windows are empty, or have no step")
     value = read.add(None, "windows", {"input": [read.data(x)]}, dim=dimension, size=size, step=step)
     value = read.add(None, "unflatten", {"input": [value]}, dim=dimension, sizes=[-1, size])
     if dimension == -2:
@@ -447,7 +451,13 @@ def _permute(read: Reader, node: Node, x: Any, *dims: Any) -> None:
     read.add(node, "permute", {"input": [read.data(x)]}, dims=list(given))
 
 
-@row("contiguous", torch.clone, "clone")
+@row(torch.clone, "clone")
+def _clone(read: Reader, node: Node, x: Any) -> None:
+    # (It lies in memory as x does: of a product that is so, of "contiguous" it is not.)
+    read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=1.0)
+
+
+@row("contiguous")
 def _contiguous(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "contiguous", {"input": [read.data(x)]})
 
@@ -477,7 +487,7 @@ def _chunk(read: Reader, node: Node, x: Any, chunks: int, dim: int = 0) -> None:
 @row(torch.split, "split")
 def _split(read: Reader, node: Node, x: Any, size: Any, dim: int = 0) -> None:
     places: list[Any] = [user.args[1] if user.target is operator.getitem else None for user in node.users]
-    if type(size) is int and all(type(place) is int and place >= 0 for place in places):
+    if type(size) is int and size > 0 and places and all(type(place) is int and place >= 0 for place in places):
         # A part that is not whole, or not there, is refused: torch then gives it, or raises.
         read.parts[node] = {
             place: slice_to_size(read, read.data(x), dim, place * size, (place + 1) * size, fits=True)

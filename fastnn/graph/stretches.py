@@ -629,8 +629,8 @@ class _Arguments:
 
 
 def _paths(parts: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Value, tuple[int, ...]]]:
-    """The values in nested lists, each with the indices that lead to it."""
-    for index, part in enumerate(parts):
+    """The values in nested lists and dicts (Reader.parts), each with the indices that lead to it."""
+    for index, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
         if isinstance(part, list):
             yield from _paths(part, (*path, index))
         else:
@@ -638,11 +638,15 @@ def _paths(parts: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[Value, tupl
 
 
 def _part_of(graph: Graph, whole: Any, path: Sequence[int]) -> Any:
-    """A part of what a node gives, which is a nested tuple of nodes or one node that gives such a tuple."""
+    """A part of what a node gives, which is a nested tuple or a dict of nodes, or one node that gives such a thing."""
     for index in path:
-        whole = whole[index] if isinstance(whole, tuple) else graph.call_function(operator.getitem, (whole, index))
+        whole = (
+            whole[index] if isinstance(whole, (tuple, dict)) else graph.call_function(operator.getitem, (whole, index))
+        )
     return whole
 
 
-def _map_parts(parts: Any, of: Callable[[Value], Any]) -> tuple[Any, ...]:
+def _map_parts(parts: Any, of: Callable[[Value], Any]) -> Any:
+    if isinstance(parts, dict):
+        return {index: of(part) for index, part in parts.items()}
     return tuple(_map_parts(part, of) if isinstance(part, list) else of(part) for part in parts)

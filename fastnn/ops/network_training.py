@@ -107,6 +107,7 @@ _READ_AGAIN: dict[str, Sequence[str]] = {
     **dict.fromkeys(("batch_norm", "layer_norm", "prelu"), ("input", "weight")),
     "attention": ("query", "key", "value", "mask"),
     "where": ("condition",),
+    "lerp": ("input", "other", "amount"),
     "rnn": ("input", "h", "c", "weights"),
 }
 

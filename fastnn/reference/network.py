@@ -371,6 +371,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "unary": _unary,
     "binary": _binary,
     "where": _where,
+    "lerp": lambda line, taken: [torch.lerp(*(_one(taken, name) for name in ("input", "other", "amount")))],
     "cast": lambda line, taken: [_one(taken, "input") * 1.0],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": _noise,

@@ -94,6 +94,29 @@ class FunctionLayer : public UnaryLayer<T> {
   std::string name_;
 };
 
+// From the first input to the other, as far as the amount says: three values that are broadcast.
+template <class T>
+class LerpLayer : public Layer<T> {
+ public:
+  LerpLayer(const ProgramLine& line, const Weights<T>&) {
+    this->inputs = {line.input("input"), line.input("other"), line.input("amount")};
+  }
+  void set_sizes(Site<T>& site) const override {
+    for (const ValueType& input : site.inputs) {
+      site.outputs[0].sizes = broadcast_sizes(site.outputs[0].sizes, input.sizes);
+    }
+  }
+  void run(const LayerCall<T>& call) const override {
+    const auto over = [&](const ValueType& type, auto* memory) {
+      return tensor_over(memory, type.sizes, type.strides());
+    };
+    const auto& inputs = call.site.inputs;
+    const Tensor to = over(call.site.outputs[0], call.output(0));
+    stock("aten::lerp", "Tensor_out", over(inputs[0], call.input(0)), over(inputs[1], call.input(1)),
+          over(inputs[2], call.input(2)), to);
+  }
+};
+
 // x where it is above zero, else x times a weight: one for all elements, or one for each channel (dimension 1).
 template <class T>
 class PreluLayer : public Layer<T> {
@@ -294,6 +317,9 @@ inline LayerEntry binary_entry() {
 }
 inline LayerEntry cast_entry() {
   return layer_entry<CastLayer>("cast", {"input"}, {});
+}
+inline LayerEntry lerp_entry() {
+  return layer_entry<LerpLayer>("lerp", {"input", "other", "amount"}, {});
 }
 inline LayerEntry where_entry() {
   return layer_entry<WhereLayer>("where", {"condition", "input?", "other?"}, {{"number", "float", "0"}});

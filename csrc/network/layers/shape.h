@@ -224,7 +224,9 @@ class SizeLayer : public Layer<T> {
   }
   void set_sizes(Site<T>& site) const override { site.outputs[0].sizes.clear(); }
   T value(const Site<T>& site) const {
-    return static_cast<T>(std::pow(static_cast<double>(asked_.of(site)[0]), power_));
+    const int64_t size = asked_.of(site)[0];
+    FASTNN_CHECK(size != 0 || power_ >= 0, "0 cannot be raised to a negative power");
+    return static_cast<T>(std::pow(static_cast<double>(size), power_));
   }
   void run(const LayerCall<T>& call) const override { call.output(0)[0] = value(call.site); }
 
@@ -346,7 +348,8 @@ class ContiguousLayer : public Layer<T> {
 template <class T>
 using DetachLayer = ContiguousLayer<T>;
 
-// A value that must have these sizes. A size may be -1: then any is right.
+// A value that must have these sizes; without sizes, those of the one value `like`. A size may be -1: then any is
+// right.
 template <class T>
 class CheckSizesLayer : public Layer<T> {
  public:

@@ -277,6 +277,25 @@ class WhereTraining : public TrainingLayer<T> {
   typename WhereLayer<T>::Operands operands_;
 };
 
+// lerp: from the first input to the other, as far as the amount says.
+template <class T>
+class LerpTraining : public TrainingLayer<T> {
+ public:
+  explicit LerpTraining(const ProgramLine& line) { this->take(line, {"input", "other", "amount"}); }
+  void forward(Tensor* outputs) override {
+    outputs[0] = stock("aten::lerp", "Tensor", this->given[0], this->given[1], this->given[2]);
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor &start = this->given[0], &end = this->given[1], &amount = this->given[2];
+    const auto set = [&](size_t i, const Tensor& factor) {
+      results[i].tensor = reduced(combined<T>(BinaryKind::mul, gradients[0], factor), sizes_of(this->given[i]));
+    };
+    if (wanted[0]) set(0, combined<T>(BinaryKind::sub, amount, T(1), true));
+    if (wanted[1]) set(1, amount);
+    if (wanted[2]) set(2, combined<T>(BinaryKind::sub, end, start));
+  }
+};
+
 // prelu: forward by torch, whose backward takes four times as long as this one.
 template <class T>
 class PreluTraining : public TrainingLayer<T> {

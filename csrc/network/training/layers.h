@@ -32,6 +32,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"prelu", make_training<PreluTraining, T>},
       {"binary", make_training<BinaryTraining, T>},
       {"where", make_training<WhereTraining, T>},
+      {"lerp", make_training<LerpTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
       {"softmax", make_training<SoftmaxTraining, T>},

@@ -347,8 +347,19 @@ class GatherTraining : public UnaryTraining<T> {
 };
 template <class T>
 using IndexSelectTraining = GatherTraining<T, IndexSelectLayer, false>;
+// The result lies in memory as the input does, as torch's.
 template <class T>
-using FlipTraining = GatherTraining<T, FlipLayer, true>;
+class FlipTraining : public GatherTraining<T, FlipLayer, true> {
+ public:
+  using GatherTraining<T, FlipLayer, true>::GatherTraining;
+  void forward(Tensor* outputs) override {
+    GatherTraining<T, FlipLayer, true>::forward(outputs);
+    Tensor alike = new_like<T>(this->input());
+    if (same_strides(alike, outputs[0])) return;
+    stock("aten::copy_", "", alike, outputs[0], false);
+    outputs[0] = std::move(alike);
+  }
+};
 template <class T>
 using RollTraining = GatherTraining<T, RollLayer, false>;
 template <class T>
