@@ -306,7 +306,10 @@ class Hostile:
                 (["clamp input=x -> z min=-1.0", "unary input=z -> y function=abs"], [n, c], []),
                 (["expand input=x -> z sizes=3,-1,-1", "repeat input=z like=x -> y sizes=1,0.0,2"], [n, c], []),
                 (["full like=x -> z value=2.0 sizes=0.0,1", "binary input=x other=z -> y function=mul"], [n, c], []),
-                (["noise input=x -> z", "squeeze input=z -> y dim=0"], [1, n], []),
+                (["noise like=x -> z", "squeeze input=z -> y dim=0"], [1, n], []),
+                (["noise like=x -> z keeps=1 p=0.5", "lerp input=x other=z amount=x -> y"], [n, c], []),
+                (["windows input=x -> z dim=1 size=1 step=2", "cumsum input=z -> y dim=0"], [n, c], []),
+                (["size like=x -> z sizes=0.1 power=2.0", "binary input=x other=z -> y function=mul"], [n, c], []),
             ]
         )
         input, parameters = torch.zeros(sizes), [torch.zeros(shape) for shape in shapes]

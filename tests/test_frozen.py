@@ -793,7 +793,7 @@ HOSTILE_LINES = [
     "group_norm input=x weight=w1 -> y groups=3",
     "group_norm input=x -> y groups=1 dims=2",
     "embedding input=x weight=w0 -> y selects=1 dim=1",
-    "noise input=x -> y",
+    "noise like=x -> y",
     "dropout input=x -> y p=0.5",
     "matmul input=x other=x -> y",
     "output input=x",

@@ -60,7 +60,7 @@ FUNCTIONS: dict[str, Function] = {
     "clone": lambda m, h, k, t: h.clone() * 2,
     "ravel": lambda m, h, k, t: h.ravel() + torch.ravel(k),
     "narrow": lambda m, h, k, t: h.narrow(1, 1, 4) + torch.narrow(k, -1, 0, 4),
-    "movedim": lambda m, h, k, t: h.view(5, 2, 4).movedim(0, 2) + torch.moveaxis(k.view(2, 5, 4), -2, -3).reshape(4, 2, 5).transpose(0, 1),
+    "movedim": lambda m, h, k, t: h.view(5, 2, 4).movedim(0, 2) + torch.moveaxis(k.view(5, 2, 4), 0, 2),
     "movedim back": lambda m, h, k, t: h.view(5, 2, 4).movedim(-1, -3),
     "amin": lambda m, h, k, t: k.amin(1) + torch.amin(h, (0, 1)),
     "min": lambda m, h, k, t: k.min(1)[0] + torch.min(h, -1).values,

@@ -169,7 +169,7 @@ VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x.view(x.size(0), -1),
     lambda x: x.reshape((x.shape[0], -1)),
     lambda x: torch.reshape(x, (x.size()[0], -1)),
-    lambda x: x.view(x.shape[0], -1) * x.shape[1],  # which has another use for the shape
+    lambda x: x.view(x.shape[0], -1) * x.shape[1],
 )
 
 
@@ -184,7 +184,7 @@ def test_a_small_network_that_flattens_by_view_is_one_operator(view: Callable[[T
     with torch.no_grad():
         result, calls = run_and_list(lambda: fused(x))
     assert_close(result, model(x))
-    assert (calls == ["fastnn::network_of_parameters"]) == (view is not VIEWS[-1])
+    assert calls == ["fastnn::network_of_parameters"]
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])

@@ -759,9 +759,9 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         "sort is no layer",
     ),
     "dropout of channels": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(), nn.Linear(4, 4)),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.FeatureAlphaDropout(), nn.Linear(4, 4)),
         torch.optim.SGD,
-        "AlphaDropout",
+        "FeatureAlphaDropout",
     ),
     "batch norm": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)),
