@@ -9,7 +9,6 @@ from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
-import torch.fx.experimental.symbolic_shapes
 import torch.utils._device
 from torch import Tensor, nn
 from torch.autograd import forward_ad as forward_ad
@@ -97,8 +96,12 @@ def direct_call(operator: Any) -> Callable[..., Any]:
     return call
 
 
-# Whether torch.export knows that a size, or a comparison of sizes, is true for all inputs.
-statically_known_true: Callable[[Any], bool] = _private("fx.experimental.symbolic_shapes.statically_known_true", bool)
+def statically_known_true(value: Any) -> bool:
+    """Whether torch.export knows that a size, or a comparison of sizes, is true for all inputs. (The module is imported
+    here, since it brings sympy with it, which takes as long as the rest of fastnn.)"""
+    module = import_module("torch.fx.experimental.symbolic_shapes")
+    return bool(getattr(module, "statically_known_true", bool)(value))
+
 
 # ---- what the build and the machine have -----------------------------------------------------------------------------
 

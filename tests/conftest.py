@@ -20,9 +20,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What imports and thousands of tests are made of stays until the end: no garbage collection looks at it again."""
+    """What imports and thousands of tests are made of stays until the end: no garbage collection looks at it again. And
+    collections are rarer, since what compilers and exporters keep makes each of them long."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
@@ -27,6 +28,13 @@ FILES = [path for path in (Path(__file__).parents[1] / "fastnn").rglob("*.py") i
 def test_each_name_is_there_and_taken(name: str) -> None:
     value = attrgetter(name)(torch)
     assert any(taken is value for taken in vars(_torch).values())
+
+
+def test_the_name_that_is_imported_late_is_there() -> None:
+    module = import_module("torch.fx.experimental.symbolic_shapes")
+    assert module.statically_known_true is not bool
+    assert _torch.statically_known_true(True)
+    assert not _torch.statically_known_true(False)
 
 
 def test_attributes_of_objects_are_there() -> None:
