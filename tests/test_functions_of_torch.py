@@ -24,7 +24,7 @@ class Between(nn.Module):
         self.first, self.second, self.function = nn.Linear(6, 8), nn.Linear(8, 8), function
         self.bilinear, self.norm = nn.Bilinear(8, 8, 4), nn.LocalResponseNorm(3)
         self.classes, self.squares, self.logits = nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()
-        self.drops = nn.AlphaDropout(0.4)
+        self.drops, self.attends = nn.AlphaDropout(0.4), nn.MultiheadAttention(8, 2, batch_first=True)
         self.register_buffer("places", torch.tensor([[3, 0], [1, 1]]))
         self.register_buffer("hidden", torch.full((5, 5), float("-inf")).triu(1))
 
@@ -97,6 +97,8 @@ FUNCTIONS: dict[str, Function] = {
     "messages": lambda m, h, k, t: torch.zeros_like(h).index_add_(0, t % 5, k) + h.index_add(0, t % 2, k),
     "counts": lambda m, h, k, t: torch.zeros(9).index_add_(0, t, k[:, 0]),
     "alpha dropout": lambda m, h, k, t: F.alpha_dropout(h, 0.3, True) + m.drops(k),
+    "attention to another sequence": lambda m, h, k, t: m.attends(h[None], k[None], k[None], need_weights=False)[0],
+    "a linear layer of a part of a weight": lambda m, h, k, t: F.linear(h, m.second.weight[2:6], m.second.bias[2:6]),
     "a mask that is a buffer": lambda m, h, k, t: F.scaled_dot_product_attention(h[None], k[None], k[None], m.hidden),
     "random numbers like others": lambda m, h, k, t: h * torch.rand_like(h) + torch.randn_like(k),
     "random numbers": lambda m, h, k, t: h * torch.rand(8) + torch.randn(5, 1),

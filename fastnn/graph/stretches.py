@@ -265,7 +265,7 @@ class _Reading:
             try:
                 self._read_layer(node, is_border)
                 if not self.records:
-                    self._check_inference(reader.lines[count:])
+                    reader.lines[count:] = self._of_inference(reader.lines[count:])
             except _SideEffectError:
                 return False
             except NotANetworkError:
@@ -298,15 +298,29 @@ class _Reading:
     def _is_worth_a_call(self, stretch: _Stretch) -> bool:
         return stretch.cost >= _LEAST_COST if self.records else stretch.calls >= _LEAST_CALLS
 
+    def _of_inference(self, lines: Sequence[Line]) -> list[Line]:
+        """The lines as a network has them in inference. Raises where it has no such layers, or would have to change
+        something."""
+        found = []
+        for line in lines:
+            if line.layer == "linear" and self._is_computed(line.inputs["weight"][0]):
+                found += _as_product(line)
+            else:
+                found.append(line)
+        self._check_inference(found)
+        return found
+
+    def _is_computed(self, value: Value) -> bool:
+        return value.tensor is None and value not in self.reader.computed
+
     def _check_inference(self, lines: Sequence[Line]) -> None:
-        """Raises where a network has no such layers in inference, or would have to change something."""
         for line in lines:
             if has_side_effects(line):
                 raise _SideEffectError
             if not KINDS[line.layer].infers:
                 raise NotANetworkError(f"{line.layer} is a layer of training alone")
             for name in _PARAMETERS & line.inputs.keys():
-                if any(value.tensor is None and value not in self.reader.computed for value in line.inputs[name]):
+                if any(map(self._is_computed, line.inputs[name])):
                     raise NotANetworkError(f"a {line.layer} has a {name} that is computed")
 
     def _is_returned(self, node: Node) -> bool:
@@ -581,6 +595,21 @@ class _Reading:
             outputs.append(_part_of(graph, copy(whole), path))
         graph.output(tuple(outputs))
         return graph
+
+
+def _as_product(line: Line) -> list[Line]:
+    """A linear layer whose weight the network computes, such as a part of an attention's weight, as a product."""
+    activation = line.attributes.get("activation", "identity")
+    values = [Value(()) for _ in range(1 + bool(line.inputs.get("bias")) + (activation != "identity"))]
+    values[-1] = line.outputs[0]
+    product = {"input": line.inputs["input"], "other": line.inputs["weight"]}
+    lines = [Line("matmul", product, [values[0]], {"turns_other": True})]
+    if line.inputs.get("bias"):
+        operands = {"input": [values[0]], "other": line.inputs["bias"]}
+        lines.append(Line("binary", operands, [values[1]], {"function": "add"}))
+    if activation != "identity":
+        lines.append(Line("activation", {"input": [values[-2]]}, [values[-1]], {"activation": activation}))
+    return lines
 
 
 def _inference_network(

@@ -252,6 +252,11 @@ def _full(line: TextLine, taken: Taken) -> list[Tensor]:
     return [torch.full(_sizes(line, taken), line["value"], dtype=torch.float64)]
 
 
+def _matmul(line: TextLine, taken: Taken) -> list[Tensor]:
+    other = _one(taken, "other")
+    return [_one(taken, "input") @ (other.mT if line["turns_other"] else other)]
+
+
 def _noise(line: TextLine, taken: Taken) -> list[Tensor]:
     sizes = _sizes(line, taken)
     kept = len(sizes) if line["keeps"] < 0 else line["keeps"]
@@ -360,7 +365,7 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "adaptive_avg_pool": _adaptive_avg_pool,
     "upsample": _upsample,
     "linear": _linear,
-    "matmul": lambda line, taken: [_one(taken, "input") @ _one(taken, "other")],
+    "matmul": _matmul,
     "attention": attention_layer,
     "rnn": rnn_layer,
     "embedding": _embedding,

@@ -10,10 +10,12 @@ namespace fastnn {
 template <class T>
 class MatmulLayer : public Layer<T> {
  public:
-  MatmulLayer(const ProgramLine& line, const Weights<T>&) { this->inputs = {line.input("input"), line.input("other")}; }
+  MatmulLayer(const ProgramLine& line, const Weights<T>&) : turns_(line.flag("turns_other")) {
+    this->inputs = {line.input("input"), line.input("other")};
+  }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
-    const Ints &a = site.sizes(0), &b = site.sizes(1);
+    const Ints &a = site.sizes(0), b = turned(site.sizes(1));
     FASTNN_CHECK(a.size() >= 2 && b.size() >= 2, "expected matrices, got sizes ", to_string(a), " and ", to_string(b));
     FASTNN_CHECK(a.back() == b[b.size() - 2], "mat1 and mat2 shapes cannot be multiplied (", to_string(a), " and ",
                  to_string(b), ")");
@@ -23,14 +25,19 @@ class MatmulLayer : public Layer<T> {
     sizes.push_back(b.back());
   }
   void run(const LayerCall<T>& call) const override {
-    const auto tensor = [&](size_t i) {
-      const ValueType& value = call.site.inputs[i];
-      return tensor_over(call.input(i), value.sizes, value.strides());
-    };
-    const ValueType& output = call.site.outputs[0];
+    const ValueType &a = call.site.inputs[0], &b = call.site.inputs[1], &output = call.site.outputs[0];
     const Tensor to = tensor_over(call.output(0), output.sizes, output.strides());
-    stock("aten::matmul", "out", tensor(0), tensor(1), to);
+    stock("aten::matmul", "out", tensor_over(call.input(0), a.sizes, a.strides()),
+          tensor_over(call.input(1), turned(b.sizes), turned(b.strides())), to);
   }
+
+ private:
+  // Sizes or strides of the other operand as it is multiplied.
+  Ints turned(Ints numbers) const {
+    if (turns_ && numbers.size() >= 2) std::swap(numbers.back(), numbers[numbers.size() - 2]);
+    return numbers;
+  }
+  bool turns_;  // whether the other operand's matrices are transposed, as a linear layer's weight is
 };
 
 // Query (..., queries, features), key (..., keys, features), value (..., keys, outputs) -> (..., queries, outputs), as
@@ -89,7 +96,7 @@ inline LayerEntry attention_entry() {
                                      {{"is_causal", "bool", "0"}, {"scale", "text", ""}, {"dropout", "float", "0"}});
 }
 inline LayerEntry matmul_entry() {
-  return layer_entry<MatmulLayer>("matmul", {"input", "other"}, {});
+  return layer_entry<MatmulLayer>("matmul", {"input", "other"}, {{"turns_other", "bool", "0"}});
 }
 
 }  // namespace fastnn

@@ -514,7 +514,10 @@ inline Tensor turned(const Tensor& matrices) {
 template <class T>
 class MatmulTraining : public TrainingLayer<T> {
  public:
-  explicit MatmulTraining(const ProgramLine& line) { this->inputs = {line.input("input"), line.input("other")}; }
+  explicit MatmulTraining(const ProgramLine& line) {
+    this->inputs = {line.input("input"), line.input("other")};
+    if (line.flag("turns_other")) line.refuse("a product that is trained transposes nothing");
+  }
   void forward(Tensor* outputs) override {
     for (const Tensor& tensor : this->given) {
       FASTNN_CHECK(tensor.dim() >= 2, kTrainingStep, ": expected matrices, got size ", to_string(tensor.sizes()));
