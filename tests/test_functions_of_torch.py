@@ -171,6 +171,7 @@ LEFT: dict[str, Function] = {
     "the last part": lambda m, h, k, t: h.split(4, 1)[-1],
     "a power of a size as a size": lambda m, h, k, t: h.reshape(-1)[: h.size(1) ** 2 // 2].view(h.size(1) ** 1, -1),
     "a power of a power": lambda m, h, k, t: h * ((h.size(0) ** 0.5) ** 2 - h.size(0)) * 1e14,
+    "a power times a size": lambda m, h, k, t: h * (h.size(0) ** -0.5 * h.size(1)),
     "integers times a power": lambda m, h, k, t: h + torch.arange(8) * h.size(0) ** -0.5,
     "no noise": lambda m, h, k, t: h * h.new_empty(() + (1,) * (h.ndim - -1)).uniform_(),
     "a norm without a power": lambda m, h, k, t: F.local_response_norm((h * 1e30)[None], 3, beta=0.0) * 1e-30,

@@ -77,9 +77,9 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
         x, y = y, x
     if isinstance(y, Node):  # an operand broadcasts by itself
         x, y = _without_expand(x, y), _without_expand(y, x)
-    if isinstance(y, Node) and any(one in read.sizes or one in read.powers for one in (x, y)):
+    if isinstance(y, Node) and (tensors := [one for one in (x, y) if not _is_size(read, one)]) != [x, y]:
         # (With a size torch would compute in another dtype where the tensor may hold integers.)
-        if any(one not in read.sizes and one not in read.powers and read.may_hold_others(one) for one in (x, y)):
+        if not tensors or read.may_hold_others(tensors[0]):
             raise NotANetworkError("a size goes to what may be no floating-point numbers")
         first, second = (_number_or_data(read, one) for one in (x, y))
         read.add(node, "binary", {"input": [first], "other": [second]}, function=function)
@@ -94,6 +94,10 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
         read.add(node, "binary", inputs, function=function, number=float(y), reverses=reverses)
     else:
         raise NotANetworkError(f"{function} takes a {type(y).__name__}")
+
+
+def _is_size(read: Reader, node: Node) -> bool:
+    return node in read.sizes or node in read.powers
 
 
 def _number_or_data(read: Reader, node: Node) -> Value:
@@ -339,26 +343,6 @@ def dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:
         given = {**dict(zip(("dim", "dtype"), node.args[1:], strict=False)), **node.kwargs}
         dim = given.get("dim") if given.get("dtype") is None else None
     return dim if dim in (1, -1) and node.args else None
-
-
-_DROPOUTS_OF_CHANNELS = {getattr(F, f"dropout{d}d"): d for d in (1, 2, 3)}
-
-
-@row(*_DROPOUTS_OF_CHANNELS)
-def _dropout_of_channels(
-    read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> None:
-    read.dropout(node, read.data(x), p if training else 0.0, _DROPOUTS_OF_CHANNELS[node.target])
-
-
-@row(F.alpha_dropout)
-def _alpha_dropout(
-    read: Reader, node: Node, x: Any, p: float = 0.5, training: bool = False, inplace: bool = False
-) -> None:
-    if training:
-        read.alpha_dropout(node, read.data(x), p)
-    else:
-        read.values[node] = read.data(x)
 
 
 @row(F.prelu, torch.prelu)

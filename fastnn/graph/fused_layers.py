@@ -21,6 +21,7 @@ from fastnn.graph import (  # noqa: F401 (register their rows)
     image_layers,
     loss_layers,
     mask_layers,
+    random_layers,
     reduction_layers,
 )
 from fastnn.graph.joining import chooses_last, kernel_of

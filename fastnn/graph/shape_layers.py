@@ -69,6 +69,7 @@ def _channel_shuffle_module(read: Reader, node: Node, module: Any, x: Any) -> No
     read.note(module, "groups")
 
 
+_OTHER_SIZES = ("view", "reshape", "flatten", "ravel")  # methods by which an index is given other sizes
 _MOST_INDICES = 4096  # each call compares them with what they were
 
 
@@ -84,7 +85,7 @@ def _indices(read: Reader, given: Any) -> tuple[tuple[int, ...], list[int]]:
     """The sizes of an index and its numbers: a list that the forward gives, or a buffer, which each call compares."""
     if isinstance(given, (list, tuple)) and given:
         return (len(given),), _integers(given)
-    if isinstance(given, Node) and given.target in ("view", "reshape", "flatten", "ravel") and not given.kwargs:
+    if isinstance(given, Node) and given.target in _OTHER_SIZES and not given.kwargs:
         if not all(type(one) is int or isinstance(one, (tuple, list)) for one in given.args[1:]):
             raise NotANetworkError("an index is viewed as another dtype")
         sizes, numbers = _indices(read, given.args[0])
@@ -118,12 +119,9 @@ def _index_select(read: Reader, node: Node, x: Any, dim: Any, index: Any) -> Non
 def _is_given(read: Reader, index: Any) -> bool:
     """Whether an index is what a network is given, such as an input, and no buffer, whose numbers the program has."""
     root = index
-    while (
-        isinstance(root, Node) and root not in read.tensors and root.target in ("view", "reshape", "flatten", "ravel")
-    ):
+    while isinstance(root, Node) and root.target in _OTHER_SIZES:
         root = root.args[0]
-    is_known = isinstance(root, Node) and root in read.tensors
-    return isinstance(index, Node) and not is_known and read.values.get(index) in read.given
+    return isinstance(index, Node) and root not in read.tensors and read.values.get(index) in read.given
 
 
 def _gather_rows(read: Reader, node: Node, value: Value, index: Node, *, rank: int = 0) -> None:
@@ -270,72 +268,6 @@ def _new_full(read: Reader, node: Node, x: Any, size: Any, fill_value: Any, **na
     _note_constant(read, node, size, fill_value, read.data(x), **named)
 
 
-@row(torch.randn_like)
-def _randn_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
-    _add_noise(read, node, _constant(read, None, read.data(x), **named), "normal")
-
-
-@row(torch.rand_like)
-def _rand_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
-    _add_noise(read, node, _constant(read, None, read.data(x), **named), "uniform")
-
-
-@row(torch.randn)
-def _randn(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
-    _add_noise(read, node, _constant(read, sizes, None, **named), "normal")
-
-
-@row(torch.rand)
-def _rand(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
-    _add_noise(read, node, _constant(read, sizes, None, **named), "uniform")
-
-
-@row(torch.empty)
-def _empty(read: Reader, node: Node, *sizes: Any, **named: Any) -> None:
-    read.empties[node] = _constant(read, sizes, None, **named)
-
-
-@row("new_empty")
-def _new_empty(read: Reader, node: Node, x: Any, *sizes: Any, **named: Any) -> None:
-    read.empties[node] = _constant(read, sizes, read.data(x), **named)
-
-
-@row(torch.empty_like)
-def _empty_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
-    read.empties[node] = _constant(read, None, read.data(x), **named)
-
-
-@row("bernoulli_")
-def _bernoulli(read: Reader, node: Node, x: Any, p: Any = 0.5) -> None:
-    if type(p) not in (int, float) or not 0 <= p <= 1:
-        raise NotANetworkError("the probability of a one is no number from 0 to 1")
-    _fill_by_noise(read, node, x, "bernoulli", p=float(p))
-
-
-@row("uniform_")
-def _uniform(read: Reader, node: Node, x: Any) -> None:
-    _fill_by_noise(read, node, x, "uniform")
-
-
-@row("normal_")
-def _normal(read: Reader, node: Node, x: Any) -> None:
-    _fill_by_noise(read, node, x, "normal")
-
-
-def _fill_by_noise(read: Reader, node: Node, x: Any, distribution: str, **attributes: Any) -> None:
-    if x not in read.empties:
-        raise NotANetworkError("random numbers are written to what a network has computed")
-    _add_noise(read, node, read.empties[x], distribution, **attributes)
-
-
-def _add_noise(
-    read: Reader, node: Node, sizes: tuple[dict[str, list[Value]], dict[str, Any]], distribution: str, **more: Any
-) -> None:
-    inputs, attributes = sizes
-    read.add(node, "noise", inputs, **attributes, distribution=distribution, **more)
-    read.draws = True
-
-
 @row(torch.zeros_like)
 def _zeros_like(read: Reader, node: Node, x: Any, **named: Any) -> None:
     _note_constant(read, node, None, 0.0, read.data(x), **named)
@@ -358,11 +290,13 @@ def _note_constant(
     """Notes a tensor that is full of a number."""
     if type(number) not in (int, float) or not isfinite(number):
         raise NotANetworkError("a constant has settings that no network knows")
-    inputs, attributes = _constant(read, sizes, like, dtype=dtype, device=device, takes_first_sizes=False, **others)
+    inputs, attributes = sizes_of_constant(
+        read, sizes, like, dtype=dtype, device=device, takes_first_sizes=False, **others
+    )
     read.constants[node] = inputs, {**attributes, "value": float(number)}
 
 
-def _constant(
+def sizes_of_constant(
     read: Reader, sizes: Any, like: Value | None, /, *, dtype: Any = None, device: Any = None,
     takes_first_sizes: bool = True, **others: Any
 ) -> tuple[dict[str, list[Value]], dict[str, Any]]:  # fmt: skip
@@ -412,7 +346,7 @@ def _movedim(read: Reader, node: Node, x: Any, source: Any, destination: Any) ->
     """A dimension moves as it changes places with its neighbours, one by one."""
     are_numbers = type(source) is int and type(destination) is int
     if not are_numbers or (source < 0) != (destination < 0) or source == destination:
-        raise NotANetworkError("a dimension moves to a place that depends on their number")
+        raise NotANetworkError("a dimension stays, or moves to a place that depends on how many there are")
     value, step = read.data(x), 1 if source < destination else -1
     for dim in range(source, destination, step):
         value = read.add(None, "transpose", {"input": [value]}, first=dim, second=dim + step)
@@ -453,7 +387,7 @@ def _permute(read: Reader, node: Node, x: Any, *dims: Any) -> None:
 
 @row(torch.clone, "clone")
 def _clone(read: Reader, node: Node, x: Any) -> None:
-    # (It lies in memory as x does: of a product that is so, of "contiguous" it is not.)
+    # A product with 1 lies in memory as x does, and so does torch's copy. (What "contiguous" gives would not.)
     read.add(node, "binary", {"input": [read.data(x)]}, function="mul", number=1.0)
 
 

@@ -1,5 +1,6 @@
-// embedding and pick, which take numbers: rows of a table by their numbers, and one step of each sequence. The numbers
-// may be one column of the input, as of a table of categories that has a column for each embedding.
+// embedding, pick, gather_rows and add_rows, which take numbers: rows of a table or of a value by their numbers, and
+// one step of each sequence. An embedding's numbers may be one column of the input, as of a table of categories that
+// has a column for each embedding.
 #pragma once
 
 #include "shape.h"

@@ -1,4 +1,4 @@
-// max_pool, avg_pool, adaptive_avg_pool and mean: layers that make one element of several.
+// max_pool, avg_pool, adaptive_avg_pool, mean, amax and cumsum: layers that make one element of several.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// linear, rnn and embedding in training.
+// linear, rnn, embedding, pick, gather_rows and add_rows in training.
 #pragma once
 
 #include "../../ops/mlp_by_layers.h"
