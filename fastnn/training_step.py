@@ -104,7 +104,7 @@ class TrainingStep:
         self._used = UsedGradients.of(optimizer)
         self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         # Of a model whose forward asks for sizes: why it is no network for inputs of these sizes.
-        self._unread: dict[tuple[torch.Size, ...], str] = {}
+        self._why_for_sizes: dict[tuple[torch.Size, ...], str] = {}
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._is_unread_copy = False
         weakref.finalize(self, load_extension().release_kept_memory).atexit = False
@@ -411,7 +411,7 @@ class TrainingStep:
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
         if inputs is None:
-            self._unread = {}
+            self._why_for_sizes = {}
         self._forget()
         self._forget_update()
         try:
@@ -450,13 +450,13 @@ class TrainingStep:
             return "there were hooks of all modules, or anomalies were looked for"
         if reading is None or not reading.fits(inputs) or not reading.holds(self.loss):
             sizes = tuple(one.shape for one in inputs)
-            if sizes in self._unread:
-                return self._unread[sizes]
+            if sizes in self._why_for_sizes:
+                return self._why_for_sizes[sizes]
             self._read(inputs=inputs)
             reading = self._reading
             if reading is None:
-                if len(self._unread) < _MOST_UNREAD:
-                    self._unread[sizes] = self._why
+                if len(self._why_for_sizes) < _MOST_SIZES:
+                    self._why_for_sizes[sizes] = self._why
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
@@ -675,7 +675,7 @@ def training_step(
     )  # fmt: skip
 
 
-_MOST_UNREAD = 256  # of so many sizes of inputs is kept why a model is no network for them
+_MOST_SIZES = 256  # of so many sizes of inputs is kept why a model is no network for them
 _MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
 
 

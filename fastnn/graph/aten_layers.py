@@ -731,11 +731,7 @@ class _AsFused:
         self._read, self.lines, self.values = read, read.lines, dict[Node, Value]()
         # No node that a row sees is a size, and nothing changes in place.
         self.sizes: dict[Node, Any] = {}
-        self.powers: dict[Node, Any] = {}
         self.saved: set[Value] = set()
-
-    def may_hold_others(self, node: Any) -> bool:
-        return False
 
     @property
     def booleans(self) -> set[Value]:
@@ -828,7 +824,7 @@ _FUSED_ROWS: dict[Any, Any] = {
     _aten.roll.default: torch.roll,
     _aten.channel_shuffle.default: F.channel_shuffle,
     _aten.unfold.default: "unfold",
-    **dict.fromkeys((_aten.bilinear.default,), F.bilinear),
+    _aten.bilinear.default: F.bilinear,
 }
 # Of these, functions for which a network needs a tensor that has dimensions.
 _OVER_DIMENSIONS = (

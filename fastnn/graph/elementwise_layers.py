@@ -293,20 +293,18 @@ def _pow(read: Reader, node: Node, x: Any, exponent: Any) -> None:
 
 @row(torch.softmax, F.softmax, "softmax")
 def _softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
-    _add_softmax(read, node, x, dim, dtype, False)
+    _add_softmax(read, node, read.data(x), dim, dtype, False)
 
 
 @row(torch.log_softmax, F.log_softmax, "log_softmax")
 def _log_softmax(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
-    _add_softmax(read, node, x, dim, dtype, True)
+    _add_softmax(read, node, read.data(x), dim, dtype, True)
 
 
 @row(F.softmin)
 def _softmin(read: Reader, node: Node, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> None:
-    if type(dim) is not int or dtype is not None:
-        raise NotANetworkError("a softmin has no dimension, or another dtype")
     negative = read.add(None, "binary", {"input": [read.data(x)]}, function="mul", number=-1.0)
-    read.add(node, "softmax", {"input": [negative]}, dim=dim)
+    _add_softmax(read, node, negative, dim, dtype, False)
 
 
 @module_row(nn.Softmin)
@@ -317,19 +315,19 @@ def _softmin_module(read: Reader, node: Node, module: Any, x: Any) -> None:
 
 @module_row(nn.Softmax2d)
 def _softmax_of_channels(read: Reader, node: Node, module: Any, x: Any) -> None:
-    _add_softmax(read, node, x, -3, None, False)
+    _add_softmax(read, node, read.data(x), -3, None, False)
 
 
 @module_row(nn.Softmax, nn.LogSoftmax)
 def _softmax_module(read: Reader, node: Node, module: Any, x: Any) -> None:
-    _add_softmax(read, node, x, module.dim, None, isinstance(module, nn.LogSoftmax))
+    _add_softmax(read, node, read.data(x), module.dim, None, isinstance(module, nn.LogSoftmax))
     read.note(module, "dim")
 
 
-def _add_softmax(read: Reader, node: Node, x: Any, dim: Any, dtype: Any, logarithm: bool) -> None:
+def _add_softmax(read: Reader, node: Node, value: Value, dim: Any, dtype: Any, logarithm: bool) -> None:
     if type(dim) is not int or dtype is not None:
         raise NotANetworkError("a softmax has no dimension, or another dtype")
-    read.add(node, "softmax", {"input": [read.data(x)]}, dim=dim, logarithm=logarithm)
+    read.add(node, "softmax", {"input": [value]}, dim=dim, logarithm=logarithm)
 
 
 def dim_of_log_softmax(node: Node, modules: dict[str, nn.Module]) -> int | None:

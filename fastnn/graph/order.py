@@ -33,18 +33,19 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
 
 
 def follow_writes(graph: Graph) -> None:
-    """Lets the nodes behind a method that changes a tensor in place take the method's result: it is that tensor. So the
-    value has a new name where it is a new one."""
+    """Lets the nodes behind a method that changes a tensor in place take the method's result, which is that tensor.
+    Then one node stands for the value before the change, and another for the value after it."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         changed = node.args[0] if node.args else None
-        if node.op == "call_method" and _writes_itself(str(node.target)) and isinstance(changed, Node):
+        if node.op == "call_method" and writes_in_place(str(node.target)) and isinstance(changed, Node):
             for user in list(changed.users):
                 if place[user] > place[node]:
                     user.replace_input_with(changed, node)
 
 
-def _writes_itself(method: str) -> bool:
+def writes_in_place(method: str) -> bool:
+    """Whether a method or function changes its first tensor, as torch's names say: ``add_``, but not ``__add__``."""
     return method.endswith("_") and not method.endswith("__")
 
 
@@ -169,7 +170,7 @@ def _only_computes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
             return module.max_norm is None  # with it, a call makes longer rows shorter
         return not (isinstance(module, _NORMS) and module.training)
     if node.op == "call_method":
-        return not _writes_itself(str(node.target)) and str(node.target) not in _WRITING_METHODS
+        return not writes_in_place(str(node.target)) and str(node.target) not in _WRITING_METHODS
     function: Any = node.target
     if function is getattr or function in _PURE_OPERATORS:
         return True

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastnn._torch import OF_CONVOLUTIONS
 from fastnn.graph.guard import Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
-from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack
+from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack, writes_in_place
 from fastnn.graph.prologue import DRAW, GIVE_BOOLEANS, Prologue, name_of_target
 from fastnn.network_program import VIEWS, Line, TextLine, Value
 from fastnn.nn._hooks import has_own_call, layer_forward
@@ -186,8 +186,7 @@ class Reader:
             changed: Any = node.args[0] if node.args else None
         else:
             name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-            writes = name.endswith("_") and not name.endswith("__")
-            writes = writes or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
+            writes = writes_in_place(name) or is_asked_to_write(node) or node.target is in_place or "out" in node.kwargs
             changed = node.args[1] if node.target is in_place else node.args[0] if node.args else None
         if not writes:
             return

@@ -599,16 +599,14 @@ class _Reading:
 
 def _as_product(line: Line) -> list[Line]:
     """A linear layer whose weight the network computes, such as a part of an attention's weight, as a product."""
-    activation = line.attributes.get("activation", "identity")
-    values = [Value(()) for _ in range(1 + bool(line.inputs.get("bias")) + (activation != "identity"))]
-    values[-1] = line.outputs[0]
     product = {"input": line.inputs["input"], "other": line.inputs["weight"]}
-    lines = [Line("matmul", product, [values[0]], {"turns_other": True})]
+    lines = [Line("matmul", product, [Value(())], {"turns_other": True})]
     if line.inputs.get("bias"):
-        operands = {"input": [values[0]], "other": line.inputs["bias"]}
-        lines.append(Line("binary", operands, [values[1]], {"function": "add"}))
-    if activation != "identity":
-        lines.append(Line("activation", {"input": [values[-2]]}, [values[-1]], {"activation": activation}))
+        operands = {"input": lines[-1].outputs, "other": line.inputs["bias"]}
+        lines.append(Line("binary", operands, [Value(())], {"function": "add"}))
+    if (activation := line.attributes.get("activation", "identity")) != "identity":
+        lines.append(Line("activation", {"input": lines[-1].outputs}, [Value(())], {"activation": activation}))
+    lines[-1].outputs = line.outputs
     return lines
 
 

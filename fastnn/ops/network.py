@@ -38,7 +38,7 @@ class InferenceNetwork:
         self.inputs = sum(are_inputs)
         self.text = texts[0][0]
         self._reshapes = "\nreshape " in self.text
-        self._reshaped = _reshaped_inputs(self.text)
+        self._inputs_reshaped = _reshaped_inputs(self.text)
         self._are_inputs, self._computed, self._texts = are_inputs, computed, texts
         # By the inputs' numbers of dimensions and the sizes of what is computed: the text for them, and the places of
         # its parameters.
@@ -50,7 +50,7 @@ class InferenceNetwork:
         reshapes anything: torch refuses a view of it with a size of -1."""
         if self._reshapes and input.numel() == 0:
             return False
-        return input.is_contiguous() or (place not in self._reshaped and _is_in_order(input))
+        return input.is_contiguous() or (place not in self._inputs_reshaped and _is_in_order(input))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs. tensors: the inputs, then the parameters. Callers know that the call is plain

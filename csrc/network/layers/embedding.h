@@ -122,7 +122,7 @@ class PickLayer : public Layer<T> {
   bool wraps_;
 };
 
-// The rows of a value that are named by numbers: which rows, checked against how many there are.
+// Numbers of rows of a value. Each is checked against how many rows the value has.
 class RowNumbers {
  public:
   // numbers: `count` of them, copied, since another thread may write to the caller's tensor.
