@@ -66,6 +66,7 @@ class BuildExtension(build_ext):
 
     def finalize_options(self):
         super().finalize_options()
+        self.is_for_release = not (self.inplace or self.editable_mode)  # setuptools sets inplace to 0 while it builds
         if self.editable_mode:  # instead of a temporary folder: keeps the objects for the next build
             self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
@@ -101,7 +102,7 @@ class BuildExtension(build_ext):
 
     def flags_of_release(self):
         """The names of functions are for profilers, and a tenth of the file: a wheel goes without."""
-        return [] if self.inplace or TARGET.startswith("macosx") else ["-Wl,--strip-all"]
+        return ["-Wl,--strip-all"] if self.is_for_release and not TARGET.startswith("macosx") else []
 
     def compile_one(self, ext, source, folder, flags):
         output_dir = os.path.join(self.build_temp, folder)

@@ -296,6 +296,34 @@ class TestBackward:
             for first, second in zip(gradients(), gradients(), strict=True):
                 assert torch.equal(first, second)
 
+    @pytest.mark.parametrize("case", ["stride", "apart", "overlapping", "3-d", "zipped"])
+    @pytest.mark.parametrize("layout", ["channels last", "expanded", "every second", "a part", "turned"])
+    def test_gradients_wherever_they_lie(self, instruction_set: str, case: str, layout: str) -> None:
+        sizes = {**GEOMETRIES, "zipped": ((3, 40, 12, 18), 33, (3, 3), geometry(2))}[case]
+        dtype = torch.bfloat16 if case == "zipped" else torch.float32
+        input, weight, _ = make(*sizes[:3], sizes[3][3], dtype)
+        output, winners = RAW_WITH_WINNERS(input, weight, None, flat(sizes[3]))
+        gradient = torch.randn_like(output)
+        if layout == "channels last":
+            gradient = channels_last(gradient)
+        elif layout == "expanded":
+            gradient = gradient[..., :1].expand_as(output)
+        elif layout == "every second":
+            gradient = torch.stack([gradient, torch.full_like(gradient, math.nan)], -1)[..., 0]
+        elif layout == "a part":
+            gradient = torch.nn.functional.pad(gradient, (1, 2, 3, 1), value=math.nan)[..., 3:-1, 1:-2]
+        else:
+            gradient = gradient.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+        def gradients(grad_output: Tensor, input_wanted: bool) -> tuple[Tensor, ...]:
+            wanted = (input_wanted, True, True)
+            return RAW_BACKWARD(grad_output, winners, input, weight, flat(sizes[3]), *wanted, "winners")
+
+        for input_wanted in (True, False):
+            expected = gradients(gradient.contiguous(), input_wanted)
+            for found, wanted in zip(gradients(gradient, input_wanted), expected, strict=True):
+                assert torch.equal(found, wanted)
+
     @pytest.mark.parametrize("batch", [1, 3])
     @pytest.mark.parametrize(
         ("channels", "outputs", "kernel", "groups", "backward"),

@@ -23,6 +23,15 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
       store(fours + (2 * half + 1) * lanes, zip_high<C>(even[half], odd[half]));
     }
     To* target = to + c * to_stride;
+    if constexpr (__is_same(To, C)) {
+      // Four elements are copied at a time, of which those of the next column overwrite the fourth.
+      if (to_stride == rows && columns - c > lanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i)
+          __builtin_memcpy(target + rows * i, fours + 4 * i, (rows == 2 ? 2 : 4) * sizeof(C));
+        continue;
+      }
+    }
     for (int i = 0; i < lanes && i < columns - c; ++i, target += to_stride) {
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) target[r] = from_compute<To>(fours[4 * i + r]);

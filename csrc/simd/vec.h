@@ -426,17 +426,28 @@ FASTNN_INLINE V relu(V x) {
   return larger_of(V{}, x);
 }
 
-template <class T>
-FASTNN_INLINE T sum(const T (&lanes)[kLanes<T>]) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += lanes[i];
-  return total;
+// The sum of `count` lanes, a power of two. Halves are added to halves: few sums wait for each other, and rounding
+// errors stay small.
+template <int count, class T>
+FASTNN_INLINE T sum_halves(const T* lanes) {
+  if constexpr (count == 1) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(count / 2 * sizeof(T))));
+    Half low, high;
+    __builtin_memcpy(&low, lanes, sizeof(Half));
+    __builtin_memcpy(&high, lanes + count / 2, sizeof(Half));
+    low += high;
+    T halves[count / 2];
+    __builtin_memcpy(halves, &low, sizeof(Half));
+    return sum_halves<count / 2>(halves);
+  }
 }
 template <class T>
 FASTNN_INLINE T sum_lanes(Vec<T> x) {
   T lanes[kLanes<T>];
   store(lanes, x);
-  return sum<T>(lanes);
+  return sum_halves<kLanes<T>>(lanes);
 }
 
 }  // namespace FASTNN_ISA

@@ -30,6 +30,10 @@ struct ConvPoolGeometry {
   bool has_narrow_groups(int64_t lanes) const { return groups > 1 && in_channels < lanes && out_channels < lanes; }
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }
+  // Whether a conv pixel may lie in two windows.
+  bool has_overlapping_windows() const {
+    return pool_extent(0) > pool_stride[0] || pool_extent(1) > pool_stride[1] || pool_extent(2) > pool_stride[2];
+  }
   int64_t kernel_extent(int d) const { return (kernel[d] - 1) * dilation[d] + 1; }
   int64_t padded(int d) const { return input[d] + padding[d] + padding_end[d]; }
   // What `conv` is where nothing is left out.

@@ -93,7 +93,12 @@ class ImageWindow {
   void advance(int64_t origin, int64_t kept) {
     const int64_t slice = plan_.d[plan_.axis], from = (origin - origin_) * slice, count = kept * slice;
     origin_ = origin;
-    if (images_) move_windows(images_, from, count);
+    // A window that holds the whole image has the last image's elements where this one's go, and zeros beside them,
+    // which zipping would have moved.
+    const bool is_clean =
+        __is_same(E, C) && kept <= 0 && channels_ == loaded_ && plan_.slices >= plan_.extent[plan_.axis];
+    if (images_ && !is_clean) move_windows(images_, from, count);
+    loaded_ = channels_;
     if (gradients_) move_windows(gradients_, from, count);
     if (images_) load(origin + kept, origin + plan_.slices);
   }
@@ -197,6 +202,7 @@ class ImageWindow {
   C* parts_;  // as large as the gradients, where so much is added to these that it is added up in parts first; or null
   int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with
   Range written_;                                         // slices of the gradient that are written
+  int64_t loaded_ = 0;                                    // channels that the windows of the input have
   int64_t additions_;                                     // to an element of the parts
 };
 

@@ -2,7 +2,7 @@
 // and a multiply-add for each vector of its runs, in each of the two gradients.
 #pragma once
 
-#include "runs.h"
+#include "pooled_lists.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -17,10 +17,10 @@ class WinnerLists {
         width_(plan.band.width),
         out_channels_(g.out_channels),
         window_size_(plan.image.size),
-        list_room_(plan.band.pixels + kLanes<C>) {
-    values_ = memory.take<E>(list_room_ * width_);
-    offsets_ = memory.take<Offset<C>>(list_room_ * width_);
-    slice_starts_ = memory.take<int64_t>((divide_up(plan.band.pixels, s_.slice_pixels) + 1) * width_);
+        lists_(larger(plan.band.pixels, pooled_room(g, plan)),
+               larger(divide_up(plan.band.pixels, s_.slice_pixels),
+                      divide_up(pooled_room(g, plan), pooled_slice(g, plan))),
+               width_, memory) {
     pixel_starts_ = memory.take<int64_t>(plan.band.pixels + 1);
     run_offsets_ = memory.take<int64_t>(s_.runs);
     pixel_offsets_ = memory.take<Offset<C>>(plan.band.pixels);
@@ -54,25 +54,26 @@ class WinnerLists {
     for (; (to - pixel_offsets_) % kLanes<C> != 0; ++to) *to = 0;
   }
 
-  // Adds the weight's gradient of the band's first `channels` output channels and of `blocks` blocks, whose windows
-  // begin at `images`. What a slice adds is rounded by the size of the whole sum; `lost` keeps what rounding takes
-  // away.
-  FASTNN_SHARED void add_weight_gradient(const C* band, int64_t pixels, int64_t channels, const E* images,
-                                         int64_t blocks, bool fresh, C* to, C* lost) const {
-    list_by_channel(band, pixels);
-    const int64_t slices = divide_up(pixels, s_.slice_pixels);
+  // The lists of each output channel, for others to fill.
+  const ChannelLists<E>& by_channel() const { return lists_; }
+
+  // Adds the weight's gradient of the first `channels` lists, which have `slices` slices, and of `blocks` blocks, whose
+  // windows begin at `images`. What a slice adds is rounded by the size of the whole sum; `lost` keeps what rounding
+  // takes away.
+  FASTNN_SHARED void add_weight_gradient(int64_t slices, int64_t channels, const E* images, int64_t blocks, bool fresh,
+                                         C* to, C* lost) const {
     for (int64_t block = 0; block < blocks; ++block) {
       const E* image = images + block * window_size_;
       const int64_t block_at = block * out_channels_ * s_.row;
       for_each_register_block<E>(s_.runs, s_.vectors, [&](auto runs, auto vectors, int64_t run, int64_t vector) {
         for (int64_t slice = 0; slice < slices; ++slice) {
-          const int64_t* starts = slice_starts_ + slice * width_;
+          const int64_t* starts = lists_.starts + slice * width_;
           for (int64_t o = 0; o < channels; ++o, ++starts) {
             const int64_t at = block_at + o * s_.row + (run * s_.vectors + vector) * kLanes<C>;
             bool writes = fresh && slice == 0;
             for (int64_t part = starts[0]; writes || part < starts[width_]; part += kLongestSum) {
-              const int64_t entry = o * list_room_ + part;
-              const GradientList<E> list = {values_ + entry, offsets_ + entry,
+              const int64_t entry = o * lists_.room + part;
+              const GradientList<E> list = {lists_.values + entry, lists_.offsets + entry,
                                             smaller(starts[width_] - part, kLongestSum)};
               add_runs<decltype(runs)::value, decltype(vectors)::value>(
                   list, image + vector * kLanes<C>, run_offsets_ + run, writes, to + at, lost ? lost + at : nullptr);
@@ -95,22 +96,22 @@ class WinnerLists {
           const int64_t start = pixel_starts_[p], count = pixel_starts_[p + 1] - start;
           if (count == 0) continue;
           scatter_runs<decltype(runs)::value, decltype(vectors)::value>(
-              {values_ + start, offsets_ + start, count}, rows + (run * s_.vectors + vector) * kLanes<C>,
+              {lists_.values + start, lists_.offsets + start, count}, rows + (run * s_.vectors + vector) * kLanes<C>,
               run_offsets_ + run, s_.length - vector * kLanes<C>, image + pixel_offsets_[p] + vector * kLanes<C>);
         }
       });
     }
   }
 
- private:
-  // Makes a list for each channel: the pixels at which its gradient is not zero, slice after slice.
-  void list_by_channel(const C* band, int64_t pixels) const {
+  // Makes a list for each channel: the pixels at which its gradient is not zero, slice after slice. Returns how many
+  // slices there are.
+  int64_t list_by_channel(const C* band, int64_t pixels) const {
     constexpr int lanes = kLanes<C>;
     for (int64_t o = 0; o < width_; o += lanes) {
       int64_t counts[lanes] = {};
-      int64_t* starts = slice_starts_ + o;
-      E* values = values_ + o * list_room_;
-      Offset<C>* offsets = offsets_ + o * list_room_;
+      int64_t* starts = lists_.starts + o;
+      E* values = lists_.values + o * lists_.room;
+      Offset<C>* offsets = lists_.offsets + o * lists_.room;
       for (int64_t p = 0; p < pixels; p += lanes) {
         if (p % s_.slice_pixels == 0) {
           __builtin_memcpy(starts, counts, sizeof(counts));
@@ -123,22 +124,24 @@ class WinnerLists {
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) {
-          const int64_t at = i * list_room_ + counts[i];
+          const int64_t at = i * lists_.room + counts[i];
           counts[i] += append_nonzero(square[i], places, values + at, offsets + at);
         }
       }
       __builtin_memcpy(starts, counts, sizeof(counts));
     }
+    return divide_up(pixels, s_.slice_pixels);
   }
 
+ private:
   // A list a pixel, one after the other: of the channels that have a gradient there.
   void list_by_pixel(const C* band, int64_t pixels) const {
     int64_t count = 0;
     for (int64_t p = 0; p < pixels; ++p) {
       pixel_starts_[p] = count;
       for (int64_t o = 0; o < width_; o += kLanes<C>) {
-        count +=
-            append_nonzero(load(band + p * width_ + o), load(channel_offsets_ + o), values_ + count, offsets_ + count);
+        count += append_nonzero(load(band + p * width_ + o), load(channel_offsets_ + o), lists_.values + count,
+                                lists_.offsets + count);
       }
     }
     pixel_starts_[pixels] = count;
@@ -188,14 +191,11 @@ class WinnerLists {
   const WinnersPlan& s_;
   const int64_t width_;  // output channels of a band
   const int64_t out_channels_, window_size_;
-  const int64_t list_room_;  // of one channel's list
-  E* values_;                // of the lists of a band
-  Offset<C>* offsets_;
-  int64_t* slice_starts_;       // where in each channel's list each slice begins
-  int64_t* pixel_starts_;       // where each pixel's list begins
-  int64_t* run_offsets_;        // in the window
-  Offset<C>* pixel_offsets_;    // in the window, of each pixel of the band
-  Offset<C>* channel_offsets_;  // in the packed weight, of each channel of the band
+  const ChannelLists<E> lists_;  // their memory serves the lists of pixels, too
+  int64_t* pixel_starts_;        // where each pixel's list begins
+  int64_t* run_offsets_;         // in the window
+  Offset<C>* pixel_offsets_;     // in the window, of each pixel of the band
+  Offset<C>* channel_offsets_;   // in the packed weight, of each channel of the band
 };
 
 }  // namespace FASTNN_ISA

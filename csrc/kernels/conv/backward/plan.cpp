@@ -119,10 +119,7 @@ double winners_cost(const Planner& p, bool zips) {
 
 // Gradients of windows that overlap are sums, which zipping would have to round.
 bool zipping_pays(const Planner& p) {
-  if (p.request.element_bytes != 2 || !p.machine.multiplies_pairs) return false;
-  for (int d = 0; d < 3; ++d) {
-    if (p.g.pool_extent(d) > p.g.pool_stride[d]) return false;
-  }
+  if (p.request.element_bytes != 2 || !p.machine.multiplies_pairs || p.g.has_overlapping_windows()) return false;
   return winners_cost(p, true) < winners_cost(p, false);
 }
 

@@ -1,6 +1,7 @@
 // Backward for any convolution: only the winner of each window has a gradient, so most of the gradient of the
-// convolution's output is zero. It is laid out a band at a time, and what is not zero there listed as (value, place). A
-// winner costs twice the depth in multiply-adds, whatever the number of conv pixels.
+// convolution's output is zero. What is not zero is listed as (value, place): where the input's gradient is wanted,
+// from a band of it that is laid out, and otherwise from the pooled pixels. A winner costs twice the depth in
+// multiply-adds, whatever the number of conv pixels.
 //
 // With some channels of the input side by side (a block), the elements under a conv pixel are a few runs, each of whole
 // vectors. The weight's gradient for one output channel is the sum over its list of value x runs of the input; the
@@ -26,7 +27,9 @@ class WinnersWorker {
         width_(call.plan->band.width),
         window_(call, s_.blocks, weight_wanted, memory),
         band_(call, memory),
-        lists_(g_, *call.plan, memory) {
+        lists_(g_, *call.plan, memory),
+        pooled_(call, memory),
+        lists_band_(g_.has_overlapping_windows()) {
     bias_ = memory.take<double>(round_up(g_.out_channels, width_));
   }
 
@@ -60,13 +63,21 @@ class WinnersWorker {
       const int64_t at = ((group_ * s_.blocks + first_) * g_.out_channels + channel) * s_.row;
       bool is_fresh = fresh;
       for_each_band(g_, call_.plan->band, call_.plan->image.axis, first, last, [&](const ConvBox& box) {
-        band_.fill(image_, group_ * g_.out_channels + channel, 1, channels, box);
-        if (grad_weight || call_.grad_input) lists_.find_pixels(g_, call_.plan->image, box, first);
-        const int64_t pixels = round_up(box.pixels(), kLanes<C>);
-        if (grad_bias) band_.add_pixels(pixels, bias_ + channel);
+        const int64_t of_all = group_ * g_.out_channels + channel, pixels = round_up(box.pixels(), kLanes<C>);
+        if (call_.grad_input || lists_band_) {
+          band_.fill(image_, of_all, 1, channels, box);
+          lists_.find_pixels(g_, call_.plan->image, box, first);
+        }
+        int64_t slices = 0;
+        if (grad_weight || grad_bias) {
+          double* const bias = grad_bias ? bias_ + channel : nullptr;
+          if (lists_band_ && bias) band_.add_pixels(pixels, bias);
+          slices = lists_band_ ? lists_.list_by_channel(band_.pixels(), pixels)
+                               : pooled_.make(image_, of_all, channels, box, first, lists_.by_channel(), bias);
+        }
         if (grad_weight) {
-          lists_.add_weight_gradient(band_.pixels(), pixels, channels, window_.image(0), blocks_, is_fresh,
-                                     grad_weight + at, lost ? lost + at : nullptr);
+          lists_.add_weight_gradient(slices, channels, window_.image(0), blocks_, is_fresh, grad_weight + at,
+                                     lost ? lost + at : nullptr);
         }
         is_fresh = false;
         if (call_.grad_input) {
@@ -85,6 +96,8 @@ class WinnersWorker {
   ImageWindow<T, E> window_;
   GradientBand<T> band_;
   const WinnerLists<E> lists_;
+  PooledLists<T, E> pooled_;
+  const bool lists_band_;                   // by channel, too
   double* bias_;                            // of each output channel
   int64_t image_, group_, first_, blocks_;  // first: of the blocks
 };
