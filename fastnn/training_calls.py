@@ -25,11 +25,10 @@ class OtherLeavesError(Exception):
     """The loss depends on tensors that need gradients besides the model's outputs."""
 
 
-def in_one_call(
-    reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Tensor
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Runs a step -> the loss, and the gradients where the binding keeps them. Of several processes it runs all but the
-    update, and leaves the gradients in ``binding.flat``."""
+def in_one_call(reading: Reading, binding: Binding, given: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Runs a step on inputs and, at last, a target -> the loss, and the gradients where the binding keeps them. Of
+    several processes it runs all but the update, and leaves the gradients in ``binding.flat``."""
+    inputs, target = given[:-1], given[-1]
     gradients: Sequence[Tensor] = ()
     with binding.no_grad:
         loss: Tensor
@@ -50,10 +49,11 @@ def in_one_call(
 
 def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, first: int, last: int) -> Tensor:
     """Runs steps on the batches [first, last), or on the first of them -> their losses."""
+    *inputs, target = (*batches.inputs, *batches.targets)
     with binding.no_grad:
         losses: Tensor = operators.bound_epoch(
-            batches.inputs, batches.targets[0], batches.order, *batches.places(first, last), batches.batch_size,
-            binding.bound, binding.numbers,
+            inputs, target, batches.order, *batches.places(first, last), batches.batch_size, binding.bound,
+            binding.numbers,
         )  # fmt: skip
     _count_batches(reading, len(losses))
     return losses

@@ -89,6 +89,11 @@ class Batches:
         places = self.order[first:last]
         return self._both(lambda tensor: tensor.index_select(0, places.to(tensor.device)))
 
+    @property
+    def rows_of_all(self) -> tuple[Any, Any]:
+        """The input and the target of all rows, in the form in which a batch has them."""
+        return self._both(lambda tensor: tensor)
+
     def in_turn(self) -> Iterator[tuple[Any, Any]]:
         """Yields all batches. The rows of each are drawn when its turn comes."""
         sampler: Any = RandomSampler(range(self.rows), generator=self._generator)

@@ -33,6 +33,7 @@ class _Loss(NamedTuple):
 
 
 _LOSSES = [_Loss(*row) for row in load_extension().losses()]
+LOSS_OF_PROGRAM = float(len(_LOSSES))  # the kind of a loss that the program computes itself, as its output
 _MODULES: dict[type, str] = {
     nn.MSELoss: "mse_loss",
     nn.L1Loss: "l1_loss",

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from fastnn._torch import HOOKS
 from fastnn.graph.forward import FusedForward, Trace
 from fastnn.graph.training_program import NotANetworkError, TrainingProgram, training_program_of
-from fastnn.training_numbers import check_optimizer, check_parameters, numbers_of_loss, settings_of_loss
+from fastnn.training_loss import Form, tensors_of_target, with_loss
+from fastnn.training_numbers import (
+    LOSS_OF_PROGRAM,
+    check_optimizer,
+    check_parameters,
+    numbers_of_loss,
+    settings_of_loss,
+)
 
 
 class Reading:
@@ -24,6 +31,7 @@ class Reading:
     for sizes is read for inputs of these sizes.
     """
 
+    form: Form | None = None  # of the target, where the network gives the loss (ReadingWithLoss)
     _forward: Any  # the model's own forward when it was read
     _trace: Trace  # of that forward
 
@@ -38,8 +46,29 @@ class Reading:
         forward: Any = model.__dict__.get("forward")
         if any(model.__dict__[name] for name in HOOKS):
             raise NotANetworkError("the model has hooks")
+        self._loss, self._loss_settings = loss, settings_of_loss(loss)
+        self._read(model, optimizer, before if before is not None and forward is before._forward else None, inputs)
+        self.loss_numbers: list[float] = [0.0] * 4
+        self.loss_weight: Tensor | None = None
+        self.loss_why = ""  # why the operator does not compute the loss
+        try:
+            self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.network.log_softmax is not None)
+            if not self.network.gives_one:
+                raise NotANetworkError("the model returns several tensors")
+        except NotANetworkError as reason:
+            self.loss_why = str(reason)
+
+    def _read(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        before: Reading | None,
+        inputs: Sequence[Tensor] | None,
+    ) -> None:
+        """Reads a fused module as a network. before: an earlier reading of the same forward."""
+        forward: Any = model.__dict__.get("forward")
         trace: Trace | None
-        if before is not None and forward is before._forward and before.fits(inputs or ()) and before._trace.holds():
+        if before is not None and before.fits(inputs or ()) and before._trace.holds():
             trace = before._trace
         elif isinstance(forward, FusedForward):
             trace = forward.trace(now=inputs is None, inputs=inputs)
@@ -52,17 +81,15 @@ class Reading:
         self._model, self._forward, self._trace = model, forward, trace
         self.owners = [own for own, _ in self.network.sources]
         self._names = [name for _, name in self.network.sources]
-        check_parameters(self.of_program(self.tensors()), optimizer)
-        self.loss_numbers: list[float] = [0.0] * 4
-        self.loss_weight: Tensor | None = None
-        self.loss_why = ""  # why the operator does not compute the loss
-        self._loss, self._loss_settings = loss, settings_of_loss(loss)
-        try:
-            self.loss_numbers, self.loss_weight = numbers_of_loss(loss, self.network.log_softmax is not None)
-            if not self.network.gives_one:
-                raise NotANetworkError("the model returns several tensors")
-        except NotANetworkError as reason:
-            self.loss_why = str(reason)
+        self.check(self.tensors(), optimizer)
+
+    def check(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Raises NotANetworkError where the operators do not support the parameters."""
+        check_parameters(self.of_program(tensors), optimizer)
+
+    def given(self, inputs: Sequence[Tensor], target: Any) -> Sequence[Tensor]:
+        """What the network takes."""
+        return inputs
 
     @property
     def program(self) -> str:
@@ -101,6 +128,50 @@ class Reading:
             return loss is self._loss and (not settings or settings == settings_of_loss(loss))
         except RuntimeError:  # two tensors were compared
             return False
+
+
+class ReadingWithLoss(Reading):
+    """A model and the caller's own loss as one network, which gives the loss. `plain`: the reading of the model alone,
+    which must hold too."""
+
+    form: Form
+
+    def __init__(
+        self,
+        plain: Reading,
+        form: Form,
+        optimizer: torch.optim.Optimizer,
+        inputs: Sequence[Tensor] | None,
+        target: Any,
+        before: ReadingWithLoss | None,
+    ) -> None:
+        self.plain, self.form = plain, form
+        self._loss, self._loss_settings = plain._loss, plain._loss_settings
+        is_same = before is not None and (before.form, before.plain._model) == (form, plain._model)
+        if before is not None and is_same and before._loss is plain._loss:
+            whole = before._model
+        else:
+            before, whole = None, with_loss(plain._model, plain._loss, plain.network.inputs, form)
+        self._own = {id(p) for p in plain._model.parameters()}
+        self._read(whole, optimizer, before, None if inputs is None else self.given(inputs, target))
+        if not self.network.gives_one or self.network.log_softmax is not None:
+            raise NotANetworkError("the loss is not one number")
+        if not any(tensor.requires_grad for tensor in self.of_program(self.tensors())):
+            raise NotANetworkError("the loss depends on no parameter")
+        self.loss_numbers, self.loss_weight, self.loss_why = [LOSS_OF_PROGRAM, 0.0, 0.0, 0.0], None, ""
+
+    def check(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Refuses, too, what autograd would leave a gradient in for others than this optimizer."""
+        super().check(tensors, optimizer)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]} | self._own
+        if any(tensor.requires_grad and id(tensor) not in known for tensor in tensors):
+            raise NotANetworkError("the loss uses parameters that the optimizer does not have")
+
+    def given(self, inputs: Sequence[Tensor], target: Any) -> Sequence[Tensor]:
+        return (*inputs, *tensors_of_target(target, self.form))
+
+    def holds(self, loss: Any) -> bool:
+        return self.plain.holds(loss) and self._trace.holds() and self.network.guard.holds()
 
 
 class UpdateReading:

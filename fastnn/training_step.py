@@ -32,9 +32,10 @@ from fastnn.training_calls import (
     update_in_one_call,
 )
 from fastnn.training_epoch import Batches, progress_bar
+from fastnn.training_loss import ONE_TENSOR, Form, form_of
 from fastnn.training_numbers import OPTIMIZERS, check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
-from fastnn.training_reading import Reading
+from fastnn.training_reading import Reading, ReadingWithLoss
 
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
 _SECONDS_TOGETHER = 0.05  # an epoch makes as many steps in one call as take so long
@@ -80,6 +81,7 @@ class TrainingStep:
         self.model = fuse(model)
         self._prepare(loss, optimizer, max_norm, keep_gradients, ranks)
         self._read()
+        self._join_loss(ONE_TENSOR)
         if strict and self._why:
             raise ValueError(f"training_step: this is not one call: {self._why}")
 
@@ -106,6 +108,9 @@ class TrainingStep:
         # Of a model whose forward asks for sizes: why it is no network for inputs of these sizes.
         self._why_for_sizes: dict[tuple[torch.Size, ...], str] = {}
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
+        self._was_refused = False  # whether the two calls refused the last step
+        self._joined: ReadingWithLoss | None = None  # the last of them, whose trace may be used again
+        self._apart: set[Form] = set()  # targets with which the model and the loss are no one network
         self._is_unread_copy = False
         weakref.finalize(self, load_extension().release_kept_memory).atexit = False
         self._together: tuple[Any, int] = None, 1  # how many steps go in one call, and with batches of which sizes
@@ -173,46 +178,78 @@ class TrainingStep:
         if self.keep_gradients:
             self._used.drop(self._optimizer)
         self._last_why = self._reason_for_ordinary(input, target)
-        bound = None if self._last_why else self._bind()
+        loss, self._was_refused = None, False
+        if not self._last_why:
+            self._join_loss(form_of(target), self._inputs(input), target)
+            joined = self._reading
+            loss = self._step_by_operators(input, target)
+            if loss is None and isinstance(joined, ReadingWithLoss) and self._reading is joined:
+                # The caller's own loss finds another way, or raises an error of its own.
+                self._read()
+                if self._reading is not None:
+                    loss = self._step_by_operators(input, target)
+                self._apart.add(joined.form)
+        if loss is None:
+            loss = self._ordinary(input, target)
+            if self._was_refused:  # the model takes the input, the operators do not
+                dims = _dims(self._inputs(input))
+                self._refused[dims] = self._refused.get(dims, 0) + 1
+        return loss
+
+    def _step_by_operators(self, input: Any, target: Any) -> Tensor | None:
+        """Makes a step in one call or in two -> the loss. None where it has to go the ordinary way."""
+        bound = self._bind()
         if bound is None:
-            return self._ordinary(input, target)
-        inputs = self._inputs(input)
-        dims = tuple([one.dim() for one in inputs])
-        if self._refused.get(dims, 0) >= _MOST_REFUSALS:
-            self._last_why = "the operators have refused inputs of so many dimensions"
-            return self._ordinary(input, target)
+            return None
         reading, binding = bound
+        own = self._inputs(input)
+        if self._refused.get(_dims(own), 0) >= _MOST_REFUSALS:
+            self._last_why = "the operators have refused inputs of so many dimensions"
+            return None
+        inputs = reading.given(own, target)
         if reading.network.prologue is not None:
             try:
                 inputs = reading.network.prologue.run(inputs, binding.parameters[0].dtype)
             except Exception as error:  # of any class: the model itself then raises its own
                 self._last_why = str(error).partition("\n")[0]
-                return self._ordinary(input, target)
+                return None
+        if isinstance(reading, ReadingWithLoss):
+            return self._step_in_one_call(reading, binding, inputs)
         one_call_would_do = not reading.loss_why and (reading.network.log_softmax != -1 or target.dim() == 1)
         if one_call_would_do:
-            loss = self._step_in_one_call(*bound, inputs, target)
+            loss = self._step_in_one_call(reading, binding, (*inputs, target))
             if loss is not None:
                 return loss
             bound = self._bind()
             if bound is None:
-                return self._ordinary(input, target)
+                return None
         loss = self._step_in_two_calls(*bound, inputs, target)
-        if loss is None:
-            loss = self._ordinary(input, target)
-            if self._reading is not None:  # the model takes the input, the operators do not
-                self._refused[dims] = self._refused.get(dims, 0) + 1
-        elif one_call_would_do:
+        if loss is not None and one_call_would_do:
             reading.loss_why = "its target is none that the operator takes"
         return loss
 
-    def _step_in_one_call(
-        self, reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Tensor
-    ) -> Tensor | None:
-        """Makes a step with the operator's own loss -> the loss. None where the operator refuses something. That may be
-        the target: then the caller's own loss takes it, or raises an error of its own."""
+    def _join_loss(self, form: Form | None, inputs: Sequence[Tensor] | None = None, target: Any = None) -> None:
+        """Reads the model and the caller's own loss as one network, if they are one for targets of this form: for any
+        inputs, or for inputs and a target of these sizes."""
+        plain = self._reading
+        if plain is None or not plain.loss_why or form is None or form in self._apart:
+            return
+        try:
+            self._reading = ReadingWithLoss(plain, form, self._optimizer, inputs, target, self._joined)
+        except NotANetworkError:
+            if inputs is not None:
+                self._apart.add(form)
+            return
+        self._joined = self._reading
+        self._forget()
+
+    def _step_in_one_call(self, reading: Reading, binding: Binding, given: Sequence[Tensor]) -> Tensor | None:
+        """Makes a step with the operator's, or the network's, own loss on inputs and, at last, a target -> the loss.
+        None where the operator refuses something. That may be the target: then the caller's own loss takes it, or
+        raises an error of its own."""
         random = torch.get_rng_state() if reading.network.draws else None
         try:
-            loss, gradients = in_one_call(reading, binding, inputs, target)
+            loss, gradients = in_one_call(reading, binding, given)
         except RuntimeError:
             self._undo()
             if random is not None:
@@ -237,6 +274,7 @@ class TrainingStep:
             return None
         except RefusedError as error:
             self._undo()
+            self._was_refused = True
             self._last_why = str(error.__cause__).partition("\n")[0]
             return None
         except BaseException:
@@ -365,20 +403,21 @@ class TrainingStep:
     def _in_one_call_for_many(self, batches: Batches, first: int, last: int) -> Tensor | None:
         """Makes steps on the batches [first, last), or on some of them from the first on -> their losses. None where
         the next step needs a call of its own."""
-        if len(batches.targets) != 1 or self.keep_gradients or self._ranks is not None:
+        if self.keep_gradients or self._ranks is not None:
             return None
-        inputs, target = batches.inputs, batches.targets[0]
         if self._reading is None or not self._reading.is_for_any_sizes or self._reading.network.prologue is not None:
             return None
-        if not all(tensor.is_contiguous() for tensor in (*inputs, target)):
+        if not all(tensor.is_contiguous() for tensor in (*batches.inputs, *batches.targets)):
             return None
-        if self._reason_for_ordinary(inputs[0] if self._count == 1 else tuple(inputs), target):
+        if self._reason_for_ordinary(*batches.rows_of_all):
             return None
         bound = self._bind()
         if bound is None:
             return None
         reading, binding = bound
-        if binding.created or reading.loss_why or (reading.network.log_softmax == -1 and target.dim() != 1):
+        if binding.created or reading.loss_why or (reading.form is None and len(batches.targets) != 1):
+            return None
+        if reading.network.log_softmax == -1 and batches.targets[0].dim() != 1:
             return None
         random = torch.get_rng_state() if reading.network.draws else None
         try:
@@ -436,19 +475,26 @@ class TrainingStep:
         if self._is_unread_copy:
             self._read()
         reading = self._reading
+        if isinstance(reading, ReadingWithLoss) and reading.form != form_of(target):
+            reading = self._reading = reading.plain
+            self._forget()
         if reading is None and not asks_for_sizes(self.model):
             return self._why
         inputs = (input,) if self._count == 1 else input if isinstance(input, (tuple, list)) else ()
-        if len(inputs) != (self._count if reading is None else reading.network.inputs):
+        if len(inputs) != self._count:
             return "it was not given as many inputs as the model takes"
-        for one in inputs:
+        given = inputs if reading is None else reading.given(inputs, target)
+        for one in given:
             if type(one) is not Tensor or not one.is_cpu or one.requires_grad:
                 return "its input was no plain tensor on the CPU, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or torch.is_anomaly_enabled():
             return "there were hooks of all modules, or anomalies were looked for"
-        if reading is None or not reading.fits(inputs) or not reading.holds(self.loss):
+        holds = reading is not None and reading.holds(self.loss)
+        if reading is None or not holds or not reading.fits(given):
+            if reading is not None and not holds:
+                self._apart = set()
             sizes = tuple(one.shape for one in inputs)
             if sizes in self._why_for_sizes:
                 return self._why_for_sizes[sizes]
@@ -460,11 +506,11 @@ class TrainingStep:
                 return self._why
             if not self.model.training:
                 return "the model was in eval mode"
-        if not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
+        if reading.form is None and not reading.loss_why and (type(target) is not Tensor or target.requires_grad):
             return "its target was no plain tensor, or one that requires a gradient"
         if self._has_hooks():
             return "the optimizer had hooks"
-        if any(one.numel() == 0 for one in inputs):
+        if any(one.numel() == 0 for one in given):
             return "its input was empty"
         return ""
 
@@ -489,7 +535,7 @@ class TrainingStep:
                 self._read(anew=True)  # they may be of other sizes
                 return None if self._reading is None else self._bind()
             check_optimizer(optimizer)
-            check_parameters(reading.of_program(tensors), optimizer)
+            reading.check(tensors, optimizer)
             self._forget()
             self._binding = Binding(reading, tensors, optimizer, self.max_norm, self.keep_gradients)
             if self._ranks is not None:
@@ -693,6 +739,10 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     except TypeError as error:
         words = f"a step gives no closure, and {kind.__name__}.step takes {signature}: {error}"
         raise TypeError(f"training_step: {words}") from None
+
+
+def _dims(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple([one.dim() for one in inputs])
 
 
 def _inputs_of(model: nn.Module) -> int:

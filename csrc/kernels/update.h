@@ -10,9 +10,10 @@
 
 namespace fastnn {
 
-enum class LossKind : int64_t { mse, l1, smooth_l1, huber, bce_with_logits, cross_entropy, count };
+// of_program: the program computes the loss itself, as its output.
+enum class LossKind : int64_t { mse, l1, smooth_l1, huber, bce_with_logits, cross_entropy, of_program, count };
 
-// One entry per kind, in their order: the loss's name in torch.nn.functional, and the names of its number and weights.
+// One entry per kind but the last, in their order: the loss's name in torch.nn.functional, and the names of its number and weights.
 struct LossEntry {
   const char* name;
   const char* number;  // or null
@@ -27,11 +28,11 @@ constexpr LossEntry kLosses[] = {
     {"binary_cross_entropy_with_logits", nullptr, 0, "pos_weight"},
     {"cross_entropy", "label_smoothing", 0, "weight"},
 };
-static_assert(sizeof(kLosses) / sizeof(LossEntry) == static_cast<uint64_t>(LossKind::count));
+static_assert(sizeof(kLosses) / sizeof(LossEntry) == static_cast<uint64_t>(LossKind::of_program));
 
 template <class T>
 struct UpdateKernels {
-  // Returns the sum of a loss over `count` elements, and writes its gradient times `scale`. The loss is any kind except
+  // Returns the sum of a loss over `count` elements, and writes its gradient times `scale`. The loss is any kind before
   // cross_entropy. number: beta of smooth_l1, delta of huber. weights: for bce_with_logits, the weights of the positive
   // elements, one for each of the `columns` elements of a row; or null.
   double (*loss)(LossKind kind, double number, double scale, int64_t count, const T* output, const T* target,

@@ -151,9 +151,21 @@ std::vector<ParameterState<T>> read_state(const StepNumbers& numbers, const Tens
 
 // ---- the step -------------------------------------------------------------------------------------------------
 
+// Of a loss that the program has computed.
+template <class T>
+Tensor gradient_of_itself(const Tensor& loss, double* value) {
+  FASTNN_CHECK(loss.dim() == 0, kOp, ": expected a program that gives the loss, one number, got ",
+               to_string(loss.sizes()));
+  *value = data<T>(loss)[0];
+  Tensor gradient = new_tensor(loss.sizes(), kDtypeOf<T>);
+  mutable_data<T>(gradient)[0] = 1;
+  return gradient;
+}
+
 template <class T>
 Tensor loss_gradient(const Loss& loss, const Tensor& output, const Tensor& target, const OptionalTensor& weight,
                      double* value) {
+  if (loss.kind == LossKind::of_program) return gradient_of_itself<T>(output, value);
   const Tensor dense_output = dense(output), dense_target = dense(target);
   const Ints sizes = sizes_of(output);
   const int64_t columns = sizes.empty() ? 1 : sizes.back();
@@ -340,7 +352,13 @@ class Steps {
   }
 
  private:
-  TensorList forward(const TensorList& inputs, const Tensor& target, double* value) {
+  // The target becomes the last input of a program that computes the loss itself. The pass borrows the inputs until its
+  // backward ends.
+  TensorList forward(TensorList& inputs, const Tensor& target, double* value) {
+    if (numbers_.loss.kind == LossKind::of_program) {
+      inputs.push_back(target.borrow());
+      check_arguments(inputs.data(), inputs.size(), parameters_);
+    }
     pass_->forward(inputs, parameters_);
     TensorList gradient;
     gradient.push_back(loss_gradient<T>(numbers_.loss, pass_->output(0), target, weight_, value));

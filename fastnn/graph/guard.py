@@ -80,6 +80,16 @@ class Held:
         self.value = value
 
 
+class Cell:
+    """A closure's cell as a container whose one item is what it holds."""
+
+    def __init__(self, cell: CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.cell.cell_contents
+
+
 class Guard:
     """The reads of a trace, and the values that they gave. Values that are compared by identity are kept alive, so that
     no other object can get their addresses.
@@ -113,8 +123,10 @@ class Guard:
         self.note_item(own, key, value)
 
     def note_contents(self, container: Any) -> None:
-        """Notes all that a list, tuple or dict holds, or a class's own dict."""
-        if id(container) not in self._contents:
+        """Notes all that a list, tuple, dict or cell holds, or a class's own dict."""
+        if isinstance(container, Cell):
+            self.note_item(container.cell, None, container[0])
+        elif id(container) not in self._contents:
             self._contents[id(container)] = (container, self._all_kept(container))
 
     def _kept(self, value: Any) -> Any:

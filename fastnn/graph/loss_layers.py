@@ -12,10 +12,16 @@ from fastnn.graph.reader import NotANetworkError, Reader, module_row, row
 from fastnn.network_program import Value
 
 
-def _reduce(read: Reader, node: Node, losses: Value, reduction: Any, size_average: Any, reduce: Any) -> None:
-    """Adds the mean or the sum of the losses of all elements, or gives the losses themselves."""
+def _check_reduction(reduction: Any, size_average: Any, reduce: Any) -> None:
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum", "none"):
         raise NotANetworkError("a loss is reduced in a way that no network knows")
+
+
+def _reduce(
+    read: Reader, node: Node, losses: Value, reduction: Any, size_average: Any = None, reduce: Any = None
+) -> None:
+    """Adds the mean or the sum of the losses of all elements, or gives the losses themselves."""
+    _check_reduction(reduction, size_average, reduce)
     if reduction == "none":
         read.values[node] = losses
     else:
@@ -104,12 +110,10 @@ def _binary_cross_entropy_with_logits(
 @row(F.cross_entropy)
 def _cross_entropy(
     read: Reader, node: Node, x: Any, target: Any, weight: Any = None, size_average: Any = None,
-    ignore_index: int = -100, reduce: Any = None, reduction: Any = "mean", label_smoothing: float = 0.0,
+    ignore_index: int = -100, reduce: Any = None, reduction: Any = "mean", label_smoothing: Any = 0.0,
 ) -> None:  # fmt: skip
-    if label_smoothing:
-        raise NotANetworkError("the labels of a loss are smoothed")
-    logarithms = read.add(None, "softmax", {"input": [read.data(x)]}, dim=-1, logarithm=True)
-    _add_nll(read, node, logarithms, target, weight, size_average, ignore_index, reduce, reduction)
+    _check_reduction(reduction, size_average, reduce)
+    _add_cross_entropy(read, node, x, target, read.optional(weight), ignore_index, reduction, label_smoothing)
 
 
 @row(F.nll_loss)
@@ -117,22 +121,75 @@ def _nll_loss(
     read: Reader, node: Node, x: Any, target: Any, weight: Any = None, size_average: Any = None,
     ignore_index: int = -100, reduce: Any = None, reduction: Any = "mean",
 ) -> None:  # fmt: skip
-    _add_nll(read, node, read.data(x), target, weight, size_average, ignore_index, reduce, reduction)
+    _check_reduction(reduction, size_average, reduce)
+    _add_nll(read, node, read.data(x), target, read.optional(weight), ignore_index, reduction)
+
+
+def _add_cross_entropy(
+    read: Reader, node: Node, x: Any, target: Any, weight: list[Value], ignore_index: Any, reduction: str,
+    smoothing: Any,
+) -> None:  # fmt: skip
+    logarithms = read.add(None, "softmax", {"input": [read.data(x)]}, dim=-1, logarithm=True)
+    if smoothing == 0:
+        return _add_nll(read, node, logarithms, target, weight, ignore_index, reduction)
+    if weight or type(smoothing) is not float or not 0 < smoothing <= 1:
+        raise NotANetworkError("the labels of a loss are smoothed, and classes have weights")
+    of_target, _ = _losses_of_classes(read, logarithms, target, ignore_index)
+    of_all = read.add(None, "mean", {"input": [logarithms]}, dims=[-1])
+    first = read.add(None, "binary", {"input": [of_target]}, function="mul", number=1 - smoothing)
+    second = read.add(None, "binary", {"input": [of_all]}, function="mul", number=-smoothing)
+    losses = read.add(None, "binary", {"input": [first], "other": [second]}, function="add")
+    _reduce(read, node, losses, reduction)
 
 
 def _add_nll(
-    read: Reader, node: Node, logarithms: Value, target: Any, weight: Any, size_average: Any, ignore_index: Any,
-    reduce: Any, reduction: Any,
-) -> None:  # fmt: skip
-    """Of rows of logarithms, the negative of each row's element of the target's class. An element that is ignored is a
-    class below zero, which the network refuses."""
-    if weight is not None or type(ignore_index) is not int or ignore_index >= 0:
-        raise NotANetworkError("a loss has weights, or ignores a class")
+    read: Reader, node: Node, logarithms: Value, target: Any, weight: list[Value], ignore_index: Any, reduction: str
+) -> None:
+    """Of rows of logarithms, the negative of each row's element of the target's class, times the class's weight. A mean
+    is over the weights."""
+    losses, classes = _losses_of_classes(read, logarithms, target, ignore_index)
+    if not weight:
+        return _reduce(read, node, losses, reduction)
+    weights = read.add(None, "gather_rows", {"places": [classes], "input": weight}, rank=1)
+    weighted = read.add(None, "binary", {"input": [losses], "other": [weights]}, function="mul")
+    if reduction != "mean":
+        return _reduce(read, node, weighted, reduction)
+    sums = [read.add(None, "mean", {"input": [one]}, dims=[], sums=True) for one in (weighted, weights)]
+    read.add(node, "binary", {"input": [sums[0]], "other": [sums[1]]}, function="div")
+
+
+def _losses_of_classes(read: Reader, logarithms: Value, target: Any, ignore_index: Any) -> tuple[Value, Value]:
+    """Of each row the loss, and the target's classes. An element that is ignored is a class below zero, which the
+    network refuses."""
+    if type(ignore_index) is not int or ignore_index >= 0:
+        raise NotANetworkError("a loss ignores a class")
     classes = read.whole_numbers(read.value(target))
     rows = read.add(None, "permute", {"input": [logarithms]}, dims=[0, 1])  # (which refuses all but matrices)
     chosen = read.add(None, "pick", {"places": [classes], "input": [rows]}, wraps=False)
-    losses = read.add(None, "binary", {"input": [chosen]}, function="mul", number=-1.0)
-    _reduce(read, node, losses, reduction, size_average, reduce)
+    return read.add(None, "binary", {"input": [chosen]}, function="mul", number=-1.0), classes
+
+
+@row(F.kl_div)
+def _kl_div(
+    read: Reader, node: Node, x: Any, target: Any, size_average: Any = None, reduce: Any = None,
+    reduction: Any = "mean", log_target: bool = False,
+) -> None:  # fmt: skip
+    """target (log target - x), or 0 where the target is 0; or with the target's logarithm for the target."""
+    given, wanted = _pair(read, x, target, None)
+    if log_target:
+        factors, logarithms = read.add(None, "activation", {"input": [wanted]}, activation="exp"), wanted
+    else:
+        is_zero = read.add(None, "binary", {"input": [wanted]}, function="eq", number=0.0)
+        some = read.add(None, "where", {"condition": [is_zero], "other": [wanted]}, number=1.0)
+        factors, logarithms = wanted, read.add(None, "unary", {"input": [some]}, function="log")
+    rest = read.add(None, "binary", {"input": [logarithms], "other": [given]}, function="sub")
+    losses = read.add(None, "binary", {"input": [factors], "other": [rest]}, function="mul")
+    if reduction != "batchmean":
+        return _reduce(read, node, losses, reduction, size_average, reduce)
+    # The sum over all other dimensions, in the mean over the first.
+    total = read.add(None, "mean", {"input": [losses]}, dims=[], sums=True)
+    rows = read.add(None, "size", {"like": [given]}, sizes=["0.0"], power=1.0)
+    read.add(node, "binary", {"input": [total], "other": [rows]}, function="div")
 
 
 @module_row(nn.MSELoss)
@@ -169,14 +226,21 @@ def _bce_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> N
 
 @module_row(nn.CrossEntropyLoss)
 def _cross_entropy_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
-    _cross_entropy(
-        read, node, x, target, weight=module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
-        label_smoothing=module.label_smoothing,
-    )  # fmt: skip
+    _check_reduction(module.reduction, None, None)
+    weight, smoothing = read.own(module, "weight"), module.label_smoothing
+    _add_cross_entropy(read, node, x, target, weight, module.ignore_index, module.reduction, smoothing)
     read.note(module, "reduction", "weight", "ignore_index", "label_smoothing")
+
+
+@module_row(nn.KLDivLoss)
+def _kl_div_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
+    _kl_div(read, node, x, target, reduction=module.reduction, log_target=module.log_target)
+    read.note(module, "reduction", "log_target")
 
 
 @module_row(nn.NLLLoss)
 def _nll_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
-    _nll_loss(read, node, x, target, weight=module.weight, ignore_index=module.ignore_index, reduction=module.reduction)
+    _check_reduction(module.reduction, None, None)
+    weight = read.own(module, "weight")
+    _add_nll(read, node, read.data(x), target, weight, module.ignore_index, module.reduction)
     read.note(module, "reduction", "weight", "ignore_index")

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._torch import OF_CONVOLUTIONS
-from fastnn.graph.guard import Guard
+from fastnn.graph.guard import Cell, Guard
 from fastnn.graph.matcher import Layer, activation_of, computes_only, read_layer, settings_of, why_not_read
 from fastnn.graph.order import Order, in_place, is_asked_to_write, unpack, writes_in_place
 from fastnn.graph.prologue import DRAW, GIVE_BOOLEANS, Prologue, name_of_target
@@ -323,9 +323,9 @@ class Reader:
                     yield module, name
 
     def tensor_of_model(self, container: Any, name: Any) -> Value:
-        if not isinstance(container, dict) or not isinstance(container.get(name), Tensor):
+        if not isinstance(container, (dict, Cell)):
             raise NotANetworkError("a tensor is held by something that is no module")
-        tensor = container[name]
+        tensor: Any = container.get(name) if isinstance(container, dict) else container[name]
         if type(tensor) not in (Tensor, nn.Parameter):
             raise NotANetworkError(f"a tensor of the model is a {type(tensor).__name__}")
         if not any(own is container and other == name for own, other in self.sources):

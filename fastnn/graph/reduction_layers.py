@@ -204,7 +204,10 @@ def _logsumexp(read: Reader, node: Node, x: Any, dim: Any, keepdim: bool = False
 
 @row(torch.max, "max")
 def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
-    """The largest elements of a dimension. Their places, the second result, are no value of a network."""
+    """The largest elements of a dimension. Their places, the second result, are no value of a network. Or the larger of
+    two tensors' elements."""
+    if isinstance(dim, Node):
+        return _add_extreme(read, node, x, dim, "maximum")
     _check_one_dimension(node, dim)
     value = read.add(None, "amax", {"input": [read.data(x)]}, dims=[dim], keepdim=bool(keepdim), ties="first")
     read.parts[node] = [value]
@@ -212,13 +215,19 @@ def _max(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = Fals
 
 @row(torch.min, "min")
 def _min(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = False) -> None:
+    if isinstance(dim, Node):
+        return _add_extreme(read, node, x, dim, "minimum")
     _check_one_dimension(node, dim)
     read.parts[node] = [_add_smallest(read, None, x, [dim], keepdim, "first")]
 
 
+def _add_extreme(read: Reader, node: Node, x: Any, y: Node, function: str) -> None:
+    read.add(node, "binary", {"input": [read.data(x)], "other": [read.data(y)]}, function=function)
+
+
 def _check_one_dimension(node: Node, dim: Any) -> None:
     if type(dim) is not int:
-        raise NotANetworkError("a maximum or minimum is of two tensors, or of a whole one")
+        raise NotANetworkError("a maximum or minimum is of a whole tensor")
     if not only_first_is_taken(node):
         raise NotANetworkError("the places of a maximum or minimum are read")
 

@@ -136,6 +136,15 @@ def _given_numbers(read: Reader, index: Node) -> Value:
     return read.whole_numbers(read.value(index))
 
 
+@row(torch.gather, "gather")
+def _gather(read: Reader, node: Node, x: Any, dim: Any, index: Any, *, sparse_grad: bool = False) -> None:
+    """Of each row of a matrix the element that a column of numbers says."""
+    if dim not in (1, -1) or not isinstance(index, Node) or sparse_grad:
+        raise NotANetworkError("elements are gathered along another dimension than the second")
+    inputs = {"places": [_given_numbers(read, index)], "input": [read.data(x)]}
+    read.add(node, "pick", inputs, wraps=False, keepdim=True)
+
+
 @row(torch.index_add, "index_add", "index_add_")
 def _index_add(read: Reader, node: Node, x: Any, dim: Any, index: Any, source: Any, *, alpha: Any = 1) -> None:
     if dim != 0 or alpha != 1 or not isinstance(index, Node):

@@ -40,7 +40,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastnn._torch import HOOKS
-from fastnn.graph.guard import ABSENT, CONSTANTS, Guard, Held, is_constant
+from fastnn.graph.guard import ABSENT, CONSTANTS, Cell, Guard, Held, is_constant
 from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import unpack
 from fastnn.graph.sizes import RESIZING_METHODS, Sizes
@@ -509,7 +509,7 @@ class Tracer(fx.Tracer):
                 cells.append(types.CellType())
                 continue
             self.read_item(cell, None, value)
-            cells.append(types.CellType(value if value is function else self.enter(value, (_Cell(cell), 0))))
+            cells.append(types.CellType(value if value is function else self.enter(value, (Cell(cell), 0))))
         made = types.FunctionType(anew, names, function.__name__, None, tuple(cells))
         stand_in = self._stand_ins[id(function)] = Function(self, function, made)
         for cell in made.__closure__ or ():
@@ -554,6 +554,8 @@ class Tracer(fx.Tracer):
                 self.read()
                 self.guard.note_call(real, args, value)
                 return value
+            if real is torch.is_tensor and len(args) == 1 and not kwargs:
+                return self._isinstance(args[0], Tensor)
             if real in PURE_FUNCTIONS:
                 return real(*args, **kwargs)
             if real in _MAY_GIVE_NONE:
@@ -737,13 +739,20 @@ class Tracer(fx.Tracer):
         if wanted is None or any(type(kind).__instancecheck__ is not type.__instancecheck__ for kind in wanted):
             self.refuse("it asks isinstance for something else than plain classes")
         if is_a(value, Traced):
-            if value.node.op == "placeholder" and all(kind in _KNOWN_OF_TENSORS for kind in wanted):
+            if self._is_surely_tensor(value.node) and all(kind in _KNOWN_OF_TENSORS for kind in wanted):
                 return Tensor in wanted
             self.refuse("it asks for the class of a tensor")
         real = real_of(value)
         if is_a(value, StandIn):
             self.guard.note_type(real)
         return issubclass(type(real), tuple(wanted))
+
+    def _is_surely_tensor(self, node: fx.Node) -> bool:
+        """Whether a value is a tensor. Of what functions give that is known only where sizes are."""
+        if node.op == "placeholder":
+            return True
+        self.asks_for_sizes = True
+        return self.sizes is not None and self.sizes.is_tensor(node)
 
     def _type(self, value: Any, *others: Any) -> Any:
         if others or is_a(value, (Traced, Super)) or (callable(value) and not is_a(value, StandIn)):
@@ -800,16 +809,6 @@ def _real_classes(kinds: Any) -> list[type] | None:
 
 def _frozen(held: Held) -> frozenset[Any]:
     return frozenset(held.value)
-
-
-class _Cell:
-    """A closure's cell as a container whose one item is what it holds."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, _: Any) -> Any:
-        return self.cell.cell_contents
 
 
 def _is_plain_complex(number: complex) -> bool:

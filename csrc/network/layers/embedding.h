@@ -84,10 +84,23 @@ class Picked {
   Ints from_;
 };
 
+// The sizes of what a pick gives. keepdim: the places are a column, and the input has two dimensions, as has the result.
+inline Ints picked_sizes(const Ints& places, const Ints& sizes, bool keepdim) {
+  if (keepdim) {
+    FASTNN_CHECK(places.size() == 2 && places[1] == 1 && sizes.size() == 2,
+                 "expected a column of indices, and an input of 2 dimensions");
+    return places;
+  }
+  FASTNN_CHECK(places.size() == 1 && sizes.size() >= 2, "expected a row of indices, and an input of 2 dimensions");
+  Ints result(sizes.begin() + 1, sizes.end());
+  result[0] = places[0];
+  return result;
+}
+
 template <class T>
 class PickLayer : public Layer<T> {
  public:
-  PickLayer(const ProgramLine& line, const Weights<T>&) : wraps_(line.flag("wraps")) {
+  PickLayer(const ProgramLine& line, const Weights<T>&) : wraps_(line.flag("wraps")), keepdim_(line.flag("keepdim")) {
     if (line.has("rows")) this->inputs = {line.input("rows")};
     this->inputs.push_back(line.input("places"));
     this->inputs.push_back(line.input("input"));
@@ -100,9 +113,7 @@ class PickLayer : public Layer<T> {
                    "expected indices of int64 and of one size");
     }
     FASTNN_CHECK(site.inputs.back().elements == ElementKind::numbers, "expected a floating-point input");
-    FASTNN_CHECK(places.size() == 1 && sizes.size() >= 2, "expected a row of indices, and an input of 2 dimensions");
-    site.outputs[0].sizes = Ints(sizes.begin() + 1, sizes.end());
-    site.outputs[0].sizes[0] = places[0];
+    site.outputs[0].sizes = picked_sizes(places, sizes, keepdim_);
   }
   void run(const LayerCall<T>& call) const override {
     const size_t last = call.site.inputs.size() - 1;
@@ -119,7 +130,7 @@ class PickLayer : public Layer<T> {
   }
 
  private:
-  bool wraps_;
+  bool wraps_, keepdim_;
 };
 
 // Numbers of rows of a value. Each is checked against how many rows the value has.
@@ -225,7 +236,7 @@ inline LayerEntry add_rows_entry() {
   return layer_entry<AddRowsLayer>("add_rows", {"places", "input", "source"}, {});
 }
 inline LayerEntry pick_entry() {
-  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {{"wraps", "bool", "1"}});
+  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {{"wraps", "bool", "1"}, {"keepdim", "bool", "0"}});
 }
 inline LayerEntry embedding_entry() {
   return layer_entry<EmbeddingLayer>(

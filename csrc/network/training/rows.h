@@ -361,21 +361,19 @@ class EmbeddingTraining : public TrainingLayer<T> {
 template <class T>
 class PickTraining : public TrainingLayer<T> {
  public:
-  explicit PickTraining(const ProgramLine& line) : wraps_(line.flag("wraps")) {
+  explicit PickTraining(const ProgramLine& line) : wraps_(line.flag("wraps")), keepdim_(line.flag("keepdim")) {
     this->take(line, {"rows", "places", "input"});
   }
   void forward(Tensor* outputs) override {
     const Tensor from = dense(input());
-    Ints sizes = sizes_of(from);
+    const Ints sizes = sizes_of(from);
     const Tensor places = dense(this->given[integers() - 1]), rows = integers() > 1 ? dense(this->given[0]) : Tensor();
-    FASTNN_CHECK(places.dim() == 1 && (integers() == 1 || same_sizes(rows, places)), kTrainingStep,
-                 ": expected rows of indices of one size");
+    FASTNN_CHECK(integers() == 1 || same_sizes(rows, places), kTrainingStep, ": expected rows of indices of one size");
+    const Ints picked_sizes = fastnn::picked_sizes(sizes_of(places), sizes, keepdim_);
     picked_.emplace(integers() > 1 ? data<int64_t>(rows) : nullptr, data<int64_t>(places), places.numel(), sizes,
                     wraps_);
     inner_ = product(sizes, 2, sizes.size());
-    sizes.erase(sizes.begin());
-    sizes[0] = places.numel();
-    outputs[0] = new_tensor(sizes, kDtypeOf<T>);
+    outputs[0] = new_tensor(picked_sizes, kDtypeOf<T>);
     T* to = mutable_data<T>(outputs[0]);
     for (const int64_t place : picked_->places()) to = std::copy_n(data<T>(from) + place * inner_, inner_, to);
   }
@@ -396,7 +394,7 @@ class PickTraining : public TrainingLayer<T> {
 
  private:
   const Tensor& input() const { return this->given.back(); }
-  bool wraps_;
+  bool wraps_, keepdim_;
   std::optional<Picked> picked_;
   int64_t inner_ = 0;
 };
