@@ -97,7 +97,7 @@ def test_compare() -> None:
 
 def test_small_recurrent_steps_are_bound_by_the_cache() -> None:
     case = next(case for case in CASES["rnn"] if case.name == "LSTM (1, 128, 64) h128")
-    row = compare.measure(case, "inference", 1, ["eager", "fastnn"], seconds=0.01, peak=peak_flops())
+    row = compare.measure(case, "inference", 1, ["eager", "fastnn"], seconds=0.01, peak=1e12)  # (not a busy machine's)
     assert row["bound"] == "cache"
 
 

@@ -15,6 +15,9 @@ from zoo import ZOO
 
 from fastnn import compile_backend
 
+# From torch 2.15 on, dynamo itself reads the .grad of a value when a function goes on behind a graph break.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 MODELS = ("CIFAR tutorial", "M5", "Char-CNN", "VAE", "CRNN")
 
 

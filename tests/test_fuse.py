@@ -627,7 +627,7 @@ def test_weight_norm_and_pruning_as_they_were_before_parametrizations() -> None:
 
 
 def test_scripted_lazy_and_compiled_models() -> None:
-    with pytest.warns(DeprecationWarning, match="jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="jit"):
         scripted = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), scripted)
     fused, x = fastnn.fuse(model), torch.randn(2, 4)
