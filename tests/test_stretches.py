@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
