@@ -1,5 +1,5 @@
 """``fastnn.training_step``: forward, loss, backward, clipping and update of a model in one operator call, or in two
-where the loss is the caller's own."""
+where the loss is one of the caller's own that no network has."""
 
 from __future__ import annotations
 
@@ -686,15 +686,18 @@ def training_step(
     embeddings, activations, pools, dropouts, attention without a mask or with that of the past, arithmetic, products,
     softmax, means, sums and maxima, constants, and what moves elements (views, slices, concatenations, repetitions,
     pixel shuffles, enlarged images); with branches and skips, shared layers, several inputs and several results, of
-    which the loss is then the caller's own. State and learning rates stay in the optimizer, so that going back to
+    which the loss is then the caller's own. A loss of the caller's own is part of the one call where it consists of
+    the same. State and learning rates stay in the optimizer, so that going back to
     ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).
         loss: a module or function of torch's: mse_loss, l1_loss, smooth_l1_loss, huber_loss, cross_entropy,
             nll_loss behind log_softmax, binary_cross_entropy_with_logits, with reduction "mean" or "sum"; or anything
-            that gives one number for an output and a target, which is called between forward and backward. One that
-            uses parameters by itself takes the ordinary way, after a first step in which it is called twice.
+            that gives one number for an output and a target (a tensor, or several in a tuple or list). It is followed
+            as a forward is, anew where something that it reads has changed; where it cannot be, it is called between
+            forward and backward. One that then uses parameters by itself takes the ordinary way, after a first step in
+            which it is called twice.
         optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, Adamax or NAdam; any other takes the ordinary way, with its own
             step.
         max_norm: clip the norm of the gradient, as ``torch.nn.utils.clip_grad_norm_`` does: that of all parameters
