@@ -63,7 +63,7 @@ def in_two_calls(
     reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Any, loss: Callable[[Any, Any], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls."""
-    undo = _copy_of_forward(reading, binding)
+    undo = _copy_of_forward(reading, binding, loss)
     try:
         with binding.no_grad:
             outputs, saved = network_with_pass(inputs, binding.parameters, reading.network.text)
@@ -133,10 +133,13 @@ def update_in_one_call(binding: Binding, gradients: Sequence[Tensor]) -> Sequenc
         return [gradient * scale for gradient in gradients] if binding.keeps_gradients else ()
 
 
-def _copy_of_forward(reading: Reading, binding: Binding) -> Callable[[], None]:
-    """Copies what a forward changes. Calling the result restores it."""
+def _copy_of_forward(reading: Reading, binding: Binding, loss: Any) -> Callable[[], None]:
+    """Copies what a forward, and a loss that is a module, change. Calling the result restores it."""
     random = torch.get_rng_state()
-    statistics = [(p, p.clone()) for p in binding.parameters if not isinstance(p, nn.Parameter)]
+    buffers = [p for p in binding.parameters if not isinstance(p, nn.Parameter)]
+    if isinstance(loss, nn.Module):
+        buffers += loss.buffers()
+    statistics = [(buffer, buffer.clone()) for buffer in buffers]
     counters = [(own[name], own[name].clone()) for own, name in reading.network.counters if own.get(name) is not None]
 
     def undo() -> None:

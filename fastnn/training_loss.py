@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastnn.graph.forward import FusedForward, FusedModule
+from fastnn.graph.tracing import listed
 
 # What a loss's target is: "tensor", or "tuple" or "list" and how many tensors are in it.
 Form = tuple[str, int]
@@ -46,8 +47,8 @@ def _class_of(inputs: int, form: Form) -> type[nn.Module]:
     given = [f"input_{i}" for i in range(inputs)]
     wanted = [f"target_{i}" for i in range(count)]
     several = ", ".join(wanted)
-    target = {"tensor": several, "tuple": f"({several},)", "list": f"[{several}]"}[kind]
-    names: dict[str, Any] = {"__name__": __name__}
+    target = {"tensor": several, "tuple": f"({several},)", "list": f"listed({several})"}[kind]
+    names: dict[str, Any] = {"__name__": __name__, "listed": listed}
     exec(
         f"def forward(self, {', '.join([*given, *wanted])}):\n"
         f"    return self.loss(self.model({', '.join(given)}), {target})\n",

@@ -130,9 +130,13 @@ class Reading:
             return False
 
 
+class OtherParametersError(NotANetworkError):
+    """The loss gives gradients to parameters that neither the model nor the optimizer has."""
+
+
 class ReadingWithLoss(Reading):
-    """A model and the caller's own loss as one network, which gives the loss. `plain`: the reading of the model alone,
-    which must hold too."""
+    """A model and the caller's own loss as one network, which gives the loss. `plain`: the reading of the model
+    alone."""
 
     form: Form
 
@@ -165,13 +169,15 @@ class ReadingWithLoss(Reading):
         super().check(tensors, optimizer)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]} | self._own
         if any(tensor.requires_grad and id(tensor) not in known for tensor in tensors):
-            raise NotANetworkError("the loss uses parameters that the optimizer does not have")
+            raise OtherParametersError("the loss uses parameters that the optimizer does not have")
 
     def given(self, inputs: Sequence[Tensor], target: Any) -> Sequence[Tensor]:
         return (*inputs, *tensors_of_target(target, self.form))
 
     def holds(self, loss: Any) -> bool:
-        return self.plain.holds(loss) and self._trace.holds() and self.network.guard.holds()
+        # The trace goes through the model's forward and the loss, so that its guard has all that these read.
+        is_same = loss is self._loss and self.plain._model.training
+        return is_same and self._trace.holds() and self.network.guard.holds()
 
 
 class UpdateReading:

@@ -35,7 +35,7 @@ from fastnn.training_epoch import Batches, progress_bar
 from fastnn.training_loss import ONE_TENSOR, Form, form_of
 from fastnn.training_numbers import OPTIMIZERS, check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
-from fastnn.training_reading import Reading, ReadingWithLoss
+from fastnn.training_reading import OtherParametersError, Reading, ReadingWithLoss
 
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
 _SECONDS_TOGETHER = 0.05  # an epoch makes as many steps in one call as take so long
@@ -101,6 +101,7 @@ class TrainingStep:
         self._reading: Reading | None = None
         self._binding: Binding | None = None
         self._update: UpdateBinding | None = None  # of the updates that follow autograd's backward
+        self._read_loss: Any = None  # the loss that was read last
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
         self._used = UsedGradients.of(optimizer)
@@ -236,6 +237,10 @@ class TrainingStep:
             return
         try:
             self._reading = ReadingWithLoss(plain, form, self._optimizer, inputs, target, self._joined)
+        except OtherParametersError as error:
+            self._reading, self._why = None, str(error)
+            self._forget()
+            return
         except NotANetworkError:
             if inputs is not None:
                 self._apart.add(form)
@@ -417,6 +422,9 @@ class TrainingStep:
         reading, binding = bound
         if binding.created or reading.loss_why or (reading.form is None and len(batches.targets) != 1):
             return None
+        # A step that the operator refuses because of its target has drawn numbers by then, and is made in another way.
+        if reading.form is not None and reading.network.draws:
+            return None
         if reading.network.log_softmax == -1 and batches.targets[0].dim() != 1:
             return None
         random = torch.get_rng_state() if reading.network.draws else None
@@ -447,6 +455,8 @@ class TrainingStep:
         """Finds out whether operators can make steps of the model, loss and optimizer as they are now, and with inputs
         of these sizes. anew: trace the model again."""
         before = None if anew else self._reading
+        if self._read_loss is not self.loss:
+            self._apart, self._read_loss = set(), self.loss
         self._reading, self._why, self._is_unread_copy = None, "", False
         self._others, self._refused = None, {}
         if inputs is None:
@@ -478,14 +488,14 @@ class TrainingStep:
         if isinstance(reading, ReadingWithLoss) and reading.form != form_of(target):
             reading = self._reading = reading.plain
             self._forget()
-        if reading is None and not asks_for_sizes(self.model):
+        if reading is None and not asks_for_sizes(self.model) and self.loss is self._read_loss:
             return self._why
         inputs = (input,) if self._count == 1 else input if isinstance(input, (tuple, list)) else ()
         if len(inputs) != self._count:
             return "it was not given as many inputs as the model takes"
         given = inputs if reading is None else reading.given(inputs, target)
         for one in given:
-            if type(one) is not Tensor or not one.is_cpu or one.requires_grad:
+            if type(one) is not Tensor or not one.is_cpu or one.requires_grad or one.is_inference():
                 return "its input was no plain tensor on the CPU, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"

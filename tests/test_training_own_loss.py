@@ -299,6 +299,89 @@ def test_errors_are_those_of_the_loss() -> None:
     torch.testing.assert_close(step(X, CLASSES[:, None].double().expand(7, 3)).isfinite(), torch.tensor(True))
 
 
+CHANGES: dict[str, Callable[[list[Tensor]], Any]] = {
+    "pop": lambda t: t.pop(),
+    "append": lambda t: t.append(t[0]),
+    "reverse": lambda t: t.reverse(),
+    "extend": lambda t: t.extend(t[:1]),
+    "delete": lambda t: t.__delitem__(0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_losses_that_change_the_list_of_targets(name: str) -> None:
+    def loss(y: Tensor, t: list[Tensor]) -> Tensor:
+        value = F.mse_loss(y, t[0]) * len(t)
+        CHANGES[name](t)
+        return value
+
+    _check(lambda model: loss, [Y + i for i in range(6)], TWO)
+
+
+def test_a_divergence_from_what_is_trained() -> None:
+    """Where the target underflows to 0, its slope is NaN in stock."""
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return F.kl_div(t, F.softmax(y * 3000, 1), reduction="sum")
+
+    mine, stock = _made(Net), _made(Net)
+    ours, theirs = (torch.optim.SGD(m.parameters(), 0.1) for m in (mine, stock))
+    step = fastnn.training_step(mine, loss, ours)
+    step(X, Y)
+    loss(stock(X), Y).backward()
+    theirs.step()
+    assert step.explain().startswith(ONE)
+    for p, q in zip(mine.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(p.isnan(), q.isnan())
+    assert any(p.isnan().any() for p in mine.parameters())
+
+
+def test_targets_of_inference_mode() -> None:
+    model = _made(Net)
+    with torch.inference_mode():
+        target = torch.randn(7, 3, dtype=torch.float64)
+    step = fastnn.training_step(model, lambda y, t: (y * t).sum(), torch.optim.SGD(model.parameters()))
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        step(X, target)
+
+
+def test_another_loss_after_one_that_goes_the_ordinary_way() -> None:
+    model, other = _made(Net), _made(Net)
+    step = fastnn.training_step(model, lambda y, t: F.mse_loss(y, other(t)), torch.optim.SGD(model.parameters()))
+    step(X, X)
+    assert step.explain().startswith(ORDINARY)
+    assert all(p.grad is not None for p in other.parameters())
+    step.loss = lambda y, t: F.mse_loss(y, t) * 2
+    step(X, Y)
+    assert step.explain().startswith(ONE)
+
+
+def test_an_epoch_with_random_numbers_and_a_label_to_ignore() -> None:
+    """A step of one call is refused after it has drawn numbers, which are drawn once all the same."""
+    mine, stock = (nn.Sequential(_made(Net), nn.Dropout(0.3), nn.Linear(3, 3).double()) for _ in range(2))
+    stock.load_state_dict(mine.state_dict())
+    x, classes = _rows(24, 4), torch.arange(24) % 3
+    classes[9] = -100
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return 1.5 * F.cross_entropy(y, t)
+
+    ours, theirs = (torch.optim.SGD(m.parameters(), 0.1) for m in (mine, stock))
+    torch.manual_seed(3)
+    losses = fastnn.training_step(mine, loss, ours).epoch(x, classes, 4)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    expected = []
+    for rows, labels in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, classes), 4):
+        theirs.zero_grad()
+        value = loss(stock(rows), labels)
+        value.backward()
+        theirs.step()
+        expected.append(value.detach())
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_close(losses, torch.stack(expected), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_epochs(several: bool) -> None:
     x, y, classes = _rows(50, 4), _rows(50, 3), torch.arange(50) % 3

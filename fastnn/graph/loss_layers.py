@@ -169,6 +169,17 @@ def _losses_of_classes(read: Reader, logarithms: Value, target: Any, ignore_inde
     return read.add(None, "binary", {"input": [chosen]}, function="mul", number=-1.0), classes
 
 
+def _times_own_logarithm(read: Reader, value: Value) -> Value:
+    """x log x, which is 0 for 0. As in torch the slope there is 0 / 0, which is that of a root times itself, too."""
+    is_zero = read.add(None, "binary", {"input": [value]}, function="eq", number=0.0)
+    some = read.add(None, "where", {"condition": [is_zero], "other": [value]}, number=1.0)
+    logarithm = read.add(None, "unary", {"input": [some]}, function="log")
+    product = read.add(None, "binary", {"input": [value], "other": [logarithm]}, function="mul")
+    root = read.add(None, "unary", {"input": [value]}, function="sqrt")
+    of_zero = read.add(None, "binary", {"input": [root], "other": [root]}, function="mul")
+    return read.add(None, "where", {"condition": [is_zero], "input": [of_zero], "other": [product]})
+
+
 @row(F.kl_div)
 def _kl_div(
     read: Reader, node: Node, x: Any, target: Any, size_average: Any = None, reduce: Any = None,
@@ -177,13 +188,12 @@ def _kl_div(
     """target (log target - x), or 0 where the target is 0; or with the target's logarithm for the target."""
     given, wanted = _pair(read, x, target, None)
     if log_target:
-        factors, logarithms = read.add(None, "activation", {"input": [wanted]}, activation="exp"), wanted
+        factors = read.add(None, "activation", {"input": [wanted]}, activation="exp")
+        products = read.add(None, "binary", {"input": [factors], "other": [wanted]}, function="mul")
     else:
-        is_zero = read.add(None, "binary", {"input": [wanted]}, function="eq", number=0.0)
-        some = read.add(None, "where", {"condition": [is_zero], "other": [wanted]}, number=1.0)
-        factors, logarithms = wanted, read.add(None, "unary", {"input": [some]}, function="log")
-    rest = read.add(None, "binary", {"input": [logarithms], "other": [given]}, function="sub")
-    losses = read.add(None, "binary", {"input": [factors], "other": [rest]}, function="mul")
+        factors, products = wanted, _times_own_logarithm(read, wanted)
+    of_given = read.add(None, "binary", {"input": [factors], "other": [given]}, function="mul")
+    losses = read.add(None, "binary", {"input": [products], "other": [of_given]}, function="sub")
     if reduction != "batchmean":
         return _reduce(read, node, losses, reduction, size_average, reduce)
     # The sum over all other dimensions, in the mean over the first.

@@ -83,6 +83,11 @@ class UntraceableError(Exception):
     asks_for_sizes = False
 
 
+def listed(*items: Any) -> list[Any]:
+    """A list, which in traced code stands for one that outlives the call."""
+    return list(items)
+
+
 class Fused:
     """What stands in the place of a fused module's ``forward``."""
 
@@ -269,6 +274,8 @@ class Tracer(fx.Tracer):
             return self._copy(value)
         if is_primitive(value):
             return self.stand_in(Primitive, value)
+        if value is listed:
+            return self._listed
         if kind is types.FunctionType:
             return self.function(value)
         if kind is types.MethodType:
@@ -322,6 +329,11 @@ class Tracer(fx.Tracer):
         copy.tracer = self
         self._stand_ins[id(container)] = copy
         return copy
+
+    def _listed(self, *items: Any) -> FixedList:
+        made = FixedList(items)
+        made.tracer = self
+        return made
 
     # ---- names --------------------------------------------------------------------------------------------------
 
