@@ -30,7 +30,8 @@ class CumsumTraining : public UnaryTraining<T> {
   int64_t dim_;
 };
 
-// mean: the mean or the sum over some dimensions.
+// mean: the mean or the sum over some dimensions. Of few elements that lie in order, where torch takes longer for the
+// call than for the sums, each sum over the last dimensions is one call of ours.
 template <class T>
 class MeanTraining : public UnaryTraining<T> {
  public:
@@ -54,6 +55,22 @@ class MeanTraining : public UnaryTraining<T> {
       int64_t& size = kept_sizes_[static_cast<size_t>(wrap_dim(dim, sizes.size()))];
       count_ = checked_product(count_, std::exchange(size, 1));
     }
+    size_t first = sizes.size();  // of the dimensions that are summed
+    for (const int64_t dim : dims) first = std::min(first, static_cast<size_t>(wrap_dim(dim, sizes.size())));
+    is_of_rows_ = dims.size() == sizes.size() - first && this->input().is_contiguous() && count_ > 0 &&
+                  this->input().numel() <= kFewElements;
+    if (is_of_rows_) {
+      Ints result = kept_sizes_;
+      if (!keeps_) result.resize(first);
+      outputs[0] = new_tensor(result, kDtypeOf<T>);
+      const T* const from = data<T>(this->input());
+      T* const to = mutable_data<T>(outputs[0]);
+      for (int64_t r = 0; r < outputs[0].numel(); ++r) {
+        const T sum = elementwise_kernels().get<T>().sum(from + r * count_, count_);
+        to[r] = sums_ ? sum : sum / divisor();
+      }
+      return;
+    }
     const std::optional<ScalarType> same;
     const bool is_plain_mean = !sums_ && correction_ == 0;
     outputs[0] = stock(is_plain_mean ? "aten::mean" : "aten::sum", is_plain_mean ? "dim" : "dim_IntList", this->input(),
@@ -61,16 +78,27 @@ class MeanTraining : public UnaryTraining<T> {
     if (!sums_ && !is_plain_mean) outputs[0] = combined<T>(BinaryKind::div, outputs[0], divisor(), false);
   }
   Tensor gradient_of(const Tensor& gradient) override {
+    if (is_of_rows_) {
+      const Tensor given = dense(gradient);
+      Tensor result = new_tensor(sizes_of(this->input()), kDtypeOf<T>);
+      T* to = mutable_data<T>(result);
+      for (int64_t r = 0; r < given.numel(); ++r, to += count_) {
+        const T of_row = data<T>(given)[r];
+        std::fill_n(to, count_, sums_ ? of_row : of_row / divisor());
+      }
+      return result;
+    }
     Tensor own = reshaped(gradient, kept_sizes_);
     if (!sums_) own = combined<T>(BinaryKind::div, own, divisor(), false);
     return stock("aten::expand", "", own, sizes_of(this->input()), false);
   }
 
  private:
+  static constexpr int64_t kFewElements = 1 << 15;
   T divisor() const { return static_cast<T>(MeanLayer<T>::divisor(count_, correction_)); }
 
   Ints dims_, kept_sizes_;
-  bool keeps_, sums_;
+  bool keeps_, sums_, is_of_rows_ = false;
   double correction_;
   int64_t rank_, count_ = 1;
 };
