@@ -273,8 +273,8 @@ class BatchNormTraining : public TrainingLayer<T> {
   }
 
   void forward(Tensor* outputs) override {
-    const Tensor& input = this->given[0];
-    const int64_t channels = begin(input);
+    const int64_t channels = begin(this->given[0]);
+    const Tensor& input = images();
     const bool in_order = lies_in_order(input);
     if (way_ == Way::apart && trains_ && !in_order) {
       normalize_by_torch(outputs);
@@ -293,7 +293,12 @@ class BatchNormTraining : public TrainingLayer<T> {
     for (int64_t c = 0; c < channels; ++c) inverse[c] = T(1) / std::sqrt(data<T>(variance_)[c] + static_cast<T>(eps_));
     if (way_ == Way::in_one_pass) {
       outputs[0] = normalized_images(input, addend_ ? data<T>(this->given[addend_]) : nullptr, activation_);
-      if (activates()) output_ = outputs[0].borrow();
+      if (turned_.defined()) {
+        output_ = std::move(outputs[0]);
+        outputs[0] = turned(output_, input.size(1), sizes_of(this->given[0]));
+      } else if (activates()) {
+        output_ = outputs[0].borrow();
+      }
       return;
     }
     if (way_ == Way::apart) {
@@ -314,11 +319,12 @@ class BatchNormTraining : public TrainingLayer<T> {
   }
 
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const Tensor& input = this->given[0];
+    const Tensor& input = images();
     const auto is_wanted = [&](size_t i) { return place_[i] && wanted[place_[i]]; };
     const bool addend_wanted = addend_ && wanted[addend_];
     const bool is_own = trains_ && lies_in_order(input);
     Tensor gradient = gradients[0].borrow();
+    if (turned_.defined()) gradient = turned(dense(gradient), this->given[0].size(0), sizes_of(turned_));
     // Whether the norm's own backward takes the activation's with it. The addend's gradient is the one in front of it.
     const bool both = way_ == Way::in_one_pass && is_own && !addend_wanted && gradient.is_contiguous();
     if (way_ == Way::by_pool) {
@@ -332,7 +338,11 @@ class BatchNormTraining : public TrainingLayer<T> {
       gradient = reduced(std::move(gradient), sizes_of(input));
     }
     if (is_own && gradient.is_contiguous()) {
-      return take_gradients(gradient, both ? activation_ : kIdentity, wanted, results);
+      take_gradients(gradient, both ? activation_ : kIdentity, wanted, results);
+      if (turned_.defined() && wanted[0]) {
+        results[0].tensor = turned(results[0].tensor, input.size(1), sizes_of(this->given[0]));
+      }
+      return;
     }
     NormStatistics statistics;
     (trains_ ? statistics.mean : statistics.running_mean) = optional(mean_);
@@ -367,7 +377,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   }
   void release() override { output_ = winners_ = Tensor(); }
   void forget() override {
-    for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_}) *tensor = Tensor();
+    for (Tensor* tensor : {&output_, &winners_, &mean_, &variance_, &inverse_deviation_, &turned_}) *tensor = Tensor();
     for (Tensor& statistic : added_statistics_) statistic = Tensor();
   }
 
@@ -431,7 +441,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   // The gradients of contiguous images that were normalized by their own statistics, and of weight and bias, from the
   // gradient of the activation's output.
   void take_gradients(const Tensor& gradient, const Activation& activation, const bool* wanted, Gradient<T>* results) {
-    const Tensor& input = this->given[0];
+    const Tensor& input = images();
     const auto& kernels = batch_norm_kernels().get<T>();
     const T *const x = data<T>(input), *const g = data<T>(gradient), *const means = data<T>(mean_);
     const T* const y = activation.kind != ActivationKind::identity ? data<T>(output_) : g;  // g in place of any memory
@@ -463,6 +473,16 @@ class BatchNormTraining : public TrainingLayer<T> {
       });
     });
   }
+  // What is normalized: the input, or, where it has few rows, a copy whose channels' elements lie together, since torch
+  // takes longer for its calls than we for copying.
+  const Tensor& images() const { return turned_.defined() ? turned_ : this->given[0]; }
+  // A matrix of so many rows, turned, as a tensor of these sizes.
+  static Tensor turned(const Tensor& matrix, int64_t rows, const Ints& sizes) {
+    Tensor result = new_tensor(sizes, kDtypeOf<T>);
+    const int64_t columns = matrix.numel() / std::max<int64_t>(rows, 1);
+    elementwise_kernels().get<T>().transpose(data<T>(matrix), columns, rows, columns, mutable_data<T>(result), rows);
+    return result;
+  }
   OptionalTensor parameter(size_t i) const { return place_[i] ? optional(this->given[place_[i]]) : std::nullopt; }
   // Chooses how to run -> the number of channels.
   int64_t begin(const Tensor& input) {
@@ -479,7 +499,9 @@ class BatchNormTraining : public TrainingLayer<T> {
     elements_ = input.numel() / std::max<int64_t>(channels, 1);
     FASTNN_CHECK(!trains_ || elements_ > 1, kTrainingStep,
                  ": Expected more than 1 value per channel when training, got input size ", to_string(input.sizes()));
-    const bool in_order = lies_in_order(input), rectifies = activation_.kind == ActivationKind::relu;
+    const bool is_small = rank == 2 && trains_ && !addend_ && input.is_contiguous() && input.numel() <= kFewElements;
+    turned_ = is_small ? turned(input, elements_, {1, channels, elements_}) : Tensor();
+    const bool in_order = lies_in_order(images()), rectifies = activation_.kind == ActivationKind::relu;
     const bool fits = !addend_ || (same_sizes(this->given[addend_], input) && this->given[addend_].is_contiguous());
     const bool by_pool = pool_.is_there() || (rectifies && !in_order && !addend_ && rank > 2);
     way_ = by_pool ? Way::by_pool : in_order && fits ? Way::in_one_pass : Way::apart;
@@ -507,7 +529,7 @@ class BatchNormTraining : public TrainingLayer<T> {
   size_t place_[4] = {};  // of mean, variance, weight and bias among the inputs; 0 where there is none
   Ints geometry_;
   int64_t elements_ = 0;  // of a channel
-  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_, added_statistics_[2];
+  Tensor output_, winners_, mean_, variance_, inverse_deviation_, ones_, added_statistics_[2], turned_;
 };
 
 }  // namespace fastnn

@@ -78,6 +78,9 @@ class UnaryTraining : public TrainingLayer<T> {
   const Tensor& input() const { return this->given[0]; }
 };
 
+// Where torch takes longer for a call than for the work, a thread of ours does the work.
+constexpr int64_t kFewElements = 1 << 15;
+
 // A dimension as torch counts it, from the end where it is negative.
 inline int64_t wrap_dim(int64_t dim, size_t rank) {
   const int64_t count = static_cast<int64_t>(rank);

@@ -94,7 +94,6 @@ class MeanTraining : public UnaryTraining<T> {
   }
 
  private:
-  static constexpr int64_t kFewElements = 1 << 15;
   T divisor() const { return static_cast<T>(MeanLayer<T>::divisor(count_, correction_)); }
 
   Ints dims_, kept_sizes_;
