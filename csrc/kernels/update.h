@@ -13,7 +13,8 @@ namespace fastnn {
 // of_program: the program computes the loss itself, as its output.
 enum class LossKind : int64_t { mse, l1, smooth_l1, huber, bce_with_logits, cross_entropy, of_program, count };
 
-// One entry per kind but the last, in their order: the loss's name in torch.nn.functional, and the names of its number and weights.
+// One entry per kind but the last, in their order: the loss's name in torch.nn.functional, and the names of its number
+// and weights.
 struct LossEntry {
   const char* name;
   const char* number;  // or null

@@ -84,7 +84,8 @@ class Picked {
   Ints from_;
 };
 
-// The sizes of what a pick gives. keepdim: the places are a column, and the input has two dimensions, as has the result.
+// The sizes of what a pick gives. keepdim: the places are a column, and the input has two dimensions, as has the
+// result.
 inline Ints picked_sizes(const Ints& places, const Ints& sizes, bool keepdim) {
   if (keepdim) {
     FASTNN_CHECK(places.size() == 2 && places[1] == 1 && sizes.size() == 2,
@@ -236,7 +237,8 @@ inline LayerEntry add_rows_entry() {
   return layer_entry<AddRowsLayer>("add_rows", {"places", "input", "source"}, {});
 }
 inline LayerEntry pick_entry() {
-  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"}, {{"wraps", "bool", "1"}, {"keepdim", "bool", "0"}});
+  return layer_entry<PickLayer>("pick", {"rows?", "places", "input"},
+                                {{"wraps", "bool", "1"}, {"keepdim", "bool", "0"}});
 }
 inline LayerEntry embedding_entry() {
   return layer_entry<EmbeddingLayer>(
