@@ -32,7 +32,7 @@ from fastnn.training_calls import (
     update_in_one_call,
 )
 from fastnn.training_epoch import Batches, progress_bar
-from fastnn.training_loss import ONE_TENSOR, Form, form_of
+from fastnn.training_loss import ONE_TENSOR, Form, form_of, tensors_of_target
 from fastnn.training_numbers import OPTIMIZERS, check_optimizer, check_parameters
 from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import OtherParametersError, Reading, ReadingWithLoss
@@ -186,9 +186,9 @@ class TrainingStep:
             loss = self._step_by_operators(input, target)
             if loss is None and isinstance(joined, ReadingWithLoss) and self._reading is joined:
                 # The caller's own loss finds another way, or raises an error of its own.
-                self._read()
-                if self._reading is not None:
-                    loss = self._step_by_operators(input, target)
+                self._reading = joined.plain
+                self._forget()
+                loss = self._step_by_operators(input, target)
                 self._apart.add(joined.form)
         if loss is None:
             loss = self._ordinary(input, target)
@@ -234,6 +234,8 @@ class TrainingStep:
         inputs, or for inputs and a target of these sizes."""
         plain = self._reading
         if plain is None or not plain.loss_why or form is None or form in self._apart:
+            return
+        if inputs is not None and not all(map(_is_plain, tensors_of_target(target, form))):
             return
         try:
             self._reading = ReadingWithLoss(plain, form, self._optimizer, inputs, target, self._joined)
@@ -495,8 +497,8 @@ class TrainingStep:
             return "it was not given as many inputs as the model takes"
         given = inputs if reading is None else reading.given(inputs, target)
         for one in given:
-            if type(one) is not Tensor or not one.is_cpu or one.requires_grad or one.is_inference():
-                return "its input was no plain tensor on the CPU, or one that requires a gradient"
+            if not _is_plain(one):
+                return "an input or a target was no plain tensor on the CPU, or one that requires a gradient"
         if autocast_is_on() or transforms_active() or is_compiling() or not torch.is_grad_enabled():
             return "autocast, torch.func, torch.compile or torch.no_grad was on"
         if has_global_hooks() or torch.is_anomaly_enabled():
@@ -752,6 +754,12 @@ def _check_optimizer_call(optimizer: torch.optim.Optimizer) -> None:
     except TypeError as error:
         words = f"a step gives no closure, and {kind.__name__}.step takes {signature}: {error}"
         raise TypeError(f"training_step: {words}") from None
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor is one that operators of a step take, and whose gradient nobody asks for."""
+    is_cpu = type(tensor) is Tensor and tensor.is_cpu
+    return is_cpu and not tensor.requires_grad and not tensor.is_inference()
 
 
 def _dims(inputs: Sequence[Tensor]) -> tuple[int, ...]:

@@ -336,6 +336,47 @@ def test_a_divergence_from_what_is_trained() -> None:
     assert any(p.isnan().any() for p in mine.parameters())
 
 
+def test_targets_that_require_gradients() -> None:
+    """Which they get at every step, the first one, too."""
+    model = _made(Net)
+    weight = torch.full((), 2.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(y: Tensor, t: tuple[Tensor, Tensor]) -> Tensor:
+        return t[1] * F.mse_loss(y, t[0])
+
+    step = fastnn.training_step(model, loss, torch.optim.SGD(model.parameters()))
+    for number in range(2):
+        step(X, (Y, weight))
+        assert weight.grad is not None, number
+        weight.grad = None
+
+
+@pytest.mark.parametrize("by_size", [False, True])
+def test_a_batch_that_the_network_refuses(by_size: bool) -> None:
+    """An ignored label is one: the loss itself takes it, and the steps behind it, too."""
+
+    class Sized(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) > 2 and x.shape[1] == 4 else x
+
+    ignored = torch.tensor([0, 2, -100, 1, 0, -100, 2])
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return 2 * F.cross_entropy(y, t)
+
+    mine, stock = (_made(Sized if by_size else Net) for _ in range(2))
+    ours, theirs = (torch.optim.Adam(m.parameters(), 0.02) for m in (mine, stock))
+    step = fastnn.training_step(mine, loss, ours)
+    for labels in (CLASSES, ignored, CLASSES):
+        theirs.zero_grad()
+        expected = loss(stock(X), labels)
+        expected.backward()
+        theirs.step()
+        assert_close(step(X, labels), expected.detach(), rtol=1e-9, atol=1e-12)
+        assert "ordinary" not in step.explain()
+    assert_close(mine.state_dict(), stock.state_dict(), rtol=1e-8, atol=1e-10)
+
+
 def test_targets_of_inference_mode() -> None:
     model = _made(Net)
     with torch.inference_mode():
