@@ -37,7 +37,7 @@ CONTENDERS = (
     "jax scan",
 )
 _LR = 1e-3
-_EPOCHS_OF_A_THREAD = 6
+_EPOCHS_OF_A_THREAD = 6  # which take half a second
 _MADE = 20  # models of a kind for each of which a step is made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastnn.graph.forward import FusedForward, FusedModule
+from fastnn.graph.forward import FusedForward
 from fastnn.graph.tracing import listed
 
 # What a loss's target is: "tensor", or "tuple" or "list" and how many tensors are in it.
@@ -31,12 +31,11 @@ def tensors_of_target(target: Any, form: Form) -> Sequence[Tensor]:
 
 
 def with_loss(model: nn.Module, loss: Callable[[Any, Any], Tensor], inputs: int, form: Form) -> nn.Module:
-    """A module that takes a model's inputs and the tensors of a target, and gives the loss. It is fused as the model
-    is."""
+    """A module that takes a fused model's inputs and the tensors of a target, and gives the loss. What stays unfused in
+    the model stays so in it."""
     whole: Any = _class_of(inputs, form)()
     whole.model, whole.loss = model, loss
-    fused = model.__dict__.get("forward")
-    FusedForward(whole, fused.left_by_mode if isinstance(fused, FusedModule) else {True: {}, False: {}})
+    FusedForward(whole, model.__dict__["forward"].left_by_mode)
     return whole
 
 

@@ -149,8 +149,7 @@ class ReadingWithLoss(Reading):
         target: Any,
         before: ReadingWithLoss | None,
     ) -> None:
-        self.plain, self.form = plain, form
-        self._loss, self._loss_settings = plain._loss, plain._loss_settings
+        self.plain, self.form, self._loss = plain, form, plain._loss
         is_same = before is not None and (before.form, before.plain._model) == (form, plain._model)
         if before is not None and is_same and before._loss is plain._loss:
             whole = before._model

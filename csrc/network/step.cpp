@@ -575,7 +575,7 @@ TensorList training_step_backward(const std::vector<OptionalTensor>& gradients, 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // program: see program.h; parameters: its weights, in order. state: the optimizer's, for each parameter that is
   // trained: step (but for SGD), then what the optimizer keeps. layout, numbers: see StepNumbers. weight: the loss's
-  // weights of classes.
+  // weights of classes. target: of a program that computes the loss itself, its last input.
   m.def(
       "training_step(Tensor[] inputs, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] state, str program,"
       " Tensor? weight, int[] layout, Tensor numbers, bool keep_gradients) -> (Tensor loss, Tensor[] gradients)");

@@ -24,7 +24,7 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
     }
     To* target = to + c * to_stride;
     if constexpr (__is_same(To, C)) {
-      // Four elements are copied at a time, of which those of the next column overwrite the fourth.
+      // Each column is copied at once: one of three elements with a fourth, which the next column overwrites.
       if (to_stride == rows && columns - c > lanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i)

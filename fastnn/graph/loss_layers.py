@@ -170,7 +170,7 @@ def _losses_of_classes(read: Reader, logarithms: Value, target: Any, ignore_inde
 
 
 def _times_own_logarithm(read: Reader, value: Value) -> Value:
-    """x log x, which is 0 for 0. As in torch the slope there is 0 / 0, which is that of a root times itself, too."""
+    """x log x, which is 0 for 0. Torch's slope at 0 is 0 / 0. The product of a root with itself has that slope, too."""
     is_zero = read.add(None, "binary", {"input": [value]}, function="eq", number=0.0)
     some = read.add(None, "where", {"condition": [is_zero], "other": [value]}, number=1.0)
     logarithm = read.add(None, "unary", {"input": [some]}, function="log")
@@ -197,6 +197,7 @@ def _kl_div(
     if reduction != "batchmean":
         return _reduce(read, node, losses, reduction, size_average, reduce)
     # The sum over all other dimensions, in the mean over the first.
+    _check_reduction("sum", size_average, reduce)
     total = read.add(None, "mean", {"input": [losses]}, dims=[], sums=True)
     rows = read.add(None, "size", {"like": [given]}, sizes=["0.0"], power=1.0)
     read.add(node, "binary", {"input": [total], "other": [rows]}, function="div")
@@ -236,7 +237,6 @@ def _bce_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> N
 
 @module_row(nn.CrossEntropyLoss)
 def _cross_entropy_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
-    _check_reduction(module.reduction, None, None)
     weight, smoothing = read.own(module, "weight"), module.label_smoothing
     _add_cross_entropy(read, node, x, target, weight, module.ignore_index, module.reduction, smoothing)
     read.note(module, "reduction", "weight", "ignore_index", "label_smoothing")
@@ -250,7 +250,6 @@ def _kl_div_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -
 
 @module_row(nn.NLLLoss)
 def _nll_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
-    _check_reduction(module.reduction, None, None)
     weight = read.own(module, "weight")
     _add_nll(read, node, read.data(x), target, weight, module.ignore_index, module.reduction)
     read.note(module, "reduction", "weight", "ignore_index")

@@ -88,12 +88,6 @@ def _where_method(read: Reader, node: Node, x: Any, condition: Any, other: Any) 
     _where(read, node, condition, x, other)
 
 
-@row(torch.maximum, torch.minimum, "maximum", "minimum")
-def _extreme(read: Reader, node: Node, x: Any, y: Any) -> None:
-    inputs = {"input": [read.data(x)], "other": [read.data(y)]}
-    read.add(node, "binary", inputs, function=name_of_target(node))
-
-
 @row(F.threshold)
 def _threshold(read: Reader, node: Node, x: Any, threshold: Any, value: Any, inplace: bool = False) -> None:
     given = read.data(x)

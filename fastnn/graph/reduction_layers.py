@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from fastnn.graph.prologue import name_of_target
 from fastnn.graph.reader import NotANetworkError, Reader, module_row, only_first_is_taken, row
 from fastnn.network_program import Value
 
@@ -221,7 +222,13 @@ def _min(read: Reader, node: Node, x: Any, dim: Any = None, keepdim: bool = Fals
     read.parts[node] = [_add_smallest(read, None, x, [dim], keepdim, "first")]
 
 
-def _add_extreme(read: Reader, node: Node, x: Any, y: Node, function: str) -> None:
+@row(torch.maximum, torch.minimum, "maximum", "minimum")
+def _maximum_or_minimum(read: Reader, node: Node, x: Any, y: Any) -> None:
+    _add_extreme(read, node, x, y, name_of_target(node))
+
+
+def _add_extreme(read: Reader, node: Node, x: Any, y: Any, function: str) -> None:
+    """Of each pair of elements the larger one ("maximum") or the smaller one ("minimum")."""
     read.add(node, "binary", {"input": [read.data(x)], "other": [read.data(y)]}, function=function)
 
 

@@ -78,7 +78,7 @@ class UnaryTraining : public TrainingLayer<T> {
   const Tensor& input() const { return this->given[0]; }
 };
 
-// Where torch takes longer for a call than for the work, a thread of ours does the work.
+// Of so many elements, or fewer, torch takes longer for a call than for the work, which one thread of ours does then.
 constexpr int64_t kFewElements = 1 << 15;
 
 // A dimension as torch counts it, from the end where it is negative.

@@ -369,11 +369,11 @@ class PickTraining : public TrainingLayer<T> {
     const Ints sizes = sizes_of(from);
     const Tensor places = dense(this->given[integers() - 1]), rows = integers() > 1 ? dense(this->given[0]) : Tensor();
     FASTNN_CHECK(integers() == 1 || same_sizes(rows, places), kTrainingStep, ": expected rows of indices of one size");
-    const Ints picked_sizes = fastnn::picked_sizes(sizes_of(places), sizes, keepdim_);
+    const Ints results = picked_sizes(sizes_of(places), sizes, keepdim_);
     picked_.emplace(integers() > 1 ? data<int64_t>(rows) : nullptr, data<int64_t>(places), places.numel(), sizes,
                     wraps_);
     inner_ = product(sizes, 2, sizes.size());
-    outputs[0] = new_tensor(picked_sizes, kDtypeOf<T>);
+    outputs[0] = new_tensor(results, kDtypeOf<T>);
     T* to = mutable_data<T>(outputs[0]);
     for (const int64_t place : picked_->places()) to = std::copy_n(data<T>(from) + place * inner_, inner_, to);
   }

@@ -41,11 +41,10 @@ class WinnerLists {
   // Finds for each pixel of the box where its first kernel position lies in the window, which begins with the pixel
   // `origin`. The numbers that fill up the last vector belong to no pixel and have no gradient.
   void find_pixels(const ConvPoolGeometry& g, const ImagePlan& image, const ConvBox& box, int64_t origin) const {
-    const int64_t before = origin * g.stride[image.axis] * image.d[image.axis];
     Offset<C>* to = pixel_offsets_;
     for (int64_t z = box.first[0]; z < box.last[0]; ++z) {
       for (int64_t y = box.first[1]; y < box.last[1]; ++y) {
-        const int64_t row = z * g.stride[0] * image.d[0] + y * g.stride[1] * image.d[1] - before;
+        const int64_t row = place_of_row(g, image, origin, z, y);
         for (int64_t x = box.first[2]; x < box.last[2]; ++x) {
           *to++ = static_cast<Offset<C>>(row + x * g.stride[2] * image.d[2]);
         }

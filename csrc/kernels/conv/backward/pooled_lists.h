@@ -8,32 +8,7 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Room for a list of each of `width` output channels, cut into slices: what is not zero in its gradient.
-template <class E>
-struct ChannelLists {
-  using C = Compute<E>;
-
-  // `entries`: the most that a list has. append_nonzero writes a whole vector behind its end.
-  ChannelLists(int64_t entries, int64_t slices, int64_t width, Parts& memory)
-      : room(entries + kLanes<C>),
-        width(width),
-        values(memory.take<E>(room * width)),
-        offsets(memory.take<Offset<C>>(room * width)),
-        starts(memory.take<int64_t>((slices + 1) * width)) {}
-
-  // One slice that has no entries.
-  int64_t make_empty() const {
-    fill_zeros(starts, 2 * width);
-    return 1;
-  }
-
-  const int64_t room, width;
-  E* const values;
-  Offset<C>* const offsets;
-  int64_t* const starts;  // [slice][channel]: where the slice begins; at last, where the list ends
-};
-
-// The most pooled pixels whose windows reach into a band, in whole vectors.
+// The most pooled pixels whose windows reach into a band, in whole vectors. (A vector has the most lanes for float.)
 inline int64_t pooled_room(const ConvPoolGeometry& g, const ConvBackwardPlan& plan) {
   int64_t pixels = 1;
   for (int d = 0; d < 3; ++d) {
@@ -169,7 +144,7 @@ class PooledLists {
     found_origin_ = origin;
     found_box_ = box;
     const ImagePlan& image = call_.plan->image;
-    const int64_t before = origin * g_.stride[image.axis] * image.d[image.axis];
+    const int64_t step = g_.stride[2] * image.d[2];
     for (int64_t i = 0; i < g_.places(); ++i) {
       const int64_t row = i / g_.pool_kernel[2];
       const int64_t at[3] = {row / g_.pool_kernel[1], row % g_.pool_kernel[1], i % g_.pool_kernel[2]};
@@ -183,9 +158,9 @@ class PooledLists {
         for (int64_t y = windows.first[1]; y < windows.last[1]; ++y) {
           const int64_t conv_row = conv_pixel(1, y);
           const bool row_is_inside = is_inside(0, slice) && is_inside(1, conv_row);
-          const int64_t start = slice * g_.stride[0] * image.d[0] + conv_row * g_.stride[1] * image.d[1] - before;
+          const int64_t start = place_of_row(g_, image, origin, slice, conv_row);
           for (int64_t x = windows.first[2]; x < windows.last[2]; ++x) {
-            const int64_t column = conv_pixel(2, x), place = start + column * g_.stride[2] * image.d[2];
+            const int64_t column = conv_pixel(2, x), place = start + column * step;
             *to++ = static_cast<Offset<C>>(row_is_inside && is_inside(2, column) ? place : -1);
           }
         }

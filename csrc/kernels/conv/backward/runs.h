@@ -28,6 +28,39 @@ struct GradientList {
   int64_t count;
 };
 
+// Room for a list of each of `width` output channels, cut into slices: what is not zero in its gradient.
+template <class E>
+struct ChannelLists {
+  using C = Compute<E>;
+
+  // `entries`: the most that a list has. append_nonzero writes a whole vector behind its end.
+  ChannelLists(int64_t entries, int64_t slices, int64_t width, Parts& memory)
+      : room(entries + kLanes<C>),
+        width(width),
+        values(memory.take<E>(room * width)),
+        offsets(memory.take<Offset<C>>(room * width)),
+        starts(memory.take<int64_t>((slices + 1) * width)) {}
+
+  // One slice that has no entries.
+  int64_t make_empty() const {
+    fill_zeros(starts, 2 * width);
+    return 1;
+  }
+
+  const int64_t room, width;
+  E* const values;
+  Offset<C>* const offsets;
+  int64_t* const starts;  // [slice][channel]: where the slice begins; at last, where the list ends
+};
+
+// Where the elements under the first conv pixel of row (z, y) begin in the window of the input that begins with the
+// conv pixel `origin` along its axis.
+FASTNN_INLINE int64_t place_of_row(const ConvPoolGeometry& g, const ImagePlan& image, int64_t origin, int64_t z,
+                                   int64_t y) {
+  const int axis = image.axis;
+  return z * g.stride[0] * image.d[0] + y * g.stride[1] * image.d[1] - origin * g.stride[axis] * image.d[axis];
+}
+
 // total[r][v] += sum over the list of value x the v-th vector of the r-th run
 template <int runs, int vectors, class C>
 FASTNN_INLINE void accumulate_runs(const GradientList<C>& list, const C* const (&from)[runs],

@@ -97,7 +97,7 @@ class WinnersWorker {
   GradientBand<T> band_;
   const WinnerLists<E> lists_;
   PooledLists<T, E> pooled_;
-  const bool lists_band_;                   // by channel, too
+  const bool lists_band_;                   // whether the lists by channel are made from the band, too
   double* bias_;                            // of each output channel
   int64_t image_, group_, first_, blocks_;  // first: of the blocks
 };
