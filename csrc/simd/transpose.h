@@ -40,14 +40,15 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
 }
 
 // to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns, and 0 for rows <= r < height. If there are
-// many columns, the last square overlaps the one before, so that it is a whole one.
+// many rows or columns, the last square overlaps the one before, so that it is a whole one.
 template <class From, class To, class Place>
 FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t height,
                                        int64_t columns, To* to, const Place& place) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
-  for (int64_t r = 0; r < height; r += lanes) {
-    const int64_t rows_left = rows - r, height_left = height - r;
+  for (int64_t next_row = 0; next_row < height; next_row += lanes) {
+    const bool last_row = next_row > 0 && height - next_row < lanes && rows == height;
+    const int64_t r = last_row ? height - lanes : next_row, rows_left = rows - r, height_left = height - r;
     for (int64_t next = 0; next < columns; next += lanes) {
       const bool last = next > 0 && columns - next < lanes;
       const int64_t c = last ? columns - lanes : next, columns_left = columns - c;
@@ -100,9 +101,63 @@ void transpose_by_lines(const bfloat16* from, int64_t from_stride, int64_t rows,
 }
 #endif
 
+#if defined(__AVX512F__)
+// Where the numbers of three zipped rows come from, `lanes` at a time: lane i of part p is of row (lanes p + i) % 3.
+template <class Index, int lanes>
+struct ThreeRows {
+  Index first_two[3][lanes], third[3][lanes];  // lanes of the first two rows, side by side, and of the third
+  uint32_t is_third[3];
+  constexpr ThreeRows() : first_two{}, third{}, is_third{} {
+    for (int i = 0; i < 3 * lanes; ++i) {
+      const int part = i / lanes, lane = i % lanes, row = i % 3, column = i / 3;
+      if (row < 2) first_two[part][lane] = static_cast<Index>(lanes * row + column);
+      if (row == 2) third[part][lane] = static_cast<Index>(column);
+      is_third[part] |= static_cast<uint32_t>(row == 2) << lane;
+    }
+  }
+};
+
+// to[3 * c + r] = from[r * from_stride + c]
+template <class From>
+FASTNN_INLINE void zip_three_rows(const From* from, int64_t from_stride, int64_t columns, float* to) {
+  static constexpr ThreeRows<int32_t, 16> table;
+  for (int64_t c = 0; c < columns; c += 16) {
+    const int64_t left = columns - c;
+    __m512 row[3];
+    for (int r = 0; r < 3; ++r) row[r] = (__m512)load_up_to<From>(from + r * from_stride + c, left);
+    for (int part = 0; part < 3 && 16 * part < 3 * left; ++part) {
+      const __m512i third = _mm512_loadu_si512(table.third[part]);
+      const __m512 zipped = _mm512_permutex2var_ps(row[0], _mm512_loadu_si512(table.first_two[part]), row[1]);
+      const __m512 all =
+          _mm512_mask_permutexvar_ps(zipped, static_cast<__mmask16>(table.is_third[part]), third, row[2]);
+      store_up_to<float>(to + 3 * c + 16 * part, (Vec<float>)all, 3 * left - 16 * part);
+    }
+  }
+}
+FASTNN_INLINE void zip_three_rows(const bfloat16* from, int64_t from_stride, int64_t columns, bfloat16* to) {
+  static constexpr ThreeRows<uint16_t, 32> table;
+  for (int64_t c = 0; c < columns; c += 32) {
+    const int64_t left = columns - c;
+    __m512i row[3];
+    for (int r = 0; r < 3; ++r) row[r] = (__m512i)load_elements(from + r * from_stride + c, left);
+    for (int part = 0; part < 3 && 32 * part < 3 * left; ++part) {
+      const __m512i third = _mm512_loadu_si512(table.third[part]);
+      const __m512i zipped = _mm512_permutex2var_epi16(row[0], _mm512_loadu_si512(table.first_two[part]), row[1]);
+      const __m512i all = _mm512_mask_permutexvar_epi16(zipped, table.is_third[part], third, row[2]);
+      store_elements(to + 3 * c + 32 * part, (Vec<float>)all, 3 * left - 32 * part);
+    }
+  }
+}
+#endif
+
 // to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
 template <class From, class To>
 void transpose_matrix(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(To, float)) {
+    if (rows == 3 && to_stride == 3) return zip_three_rows(from, from_stride, columns, to);
+  }
+#endif
   if constexpr (kLanes<Compute<From>> > 4) {
     if (rows == 2) return transpose_few_rows<2>(from, from_stride, columns, to, to_stride);
     if (rows == 3) return transpose_few_rows<3>(from, from_stride, columns, to, to_stride);
@@ -180,36 +235,6 @@ inline void transpose_by_quarters(const bfloat16* from, int64_t from_stride, int
         const __mmask32 inside = static_cast<__mmask32>((uint64_t{1} << rows_left) - 1);
         for (int64_t i = 0; i < columns_left; ++i) _mm512_mask_storeu_epi16(target + i * to_stride, inside, y[i]);
       }
-    }
-  }
-}
-
-// Where the numbers of three zipped rows come from, 32 at a time: lane i of part p is of row (32 p + i) % 3.
-struct ThreeRows {
-  uint16_t first_two[3][32], third[3][32];  // lanes of the first two rows, side by side, and of the third
-  uint32_t is_third[3];
-  constexpr ThreeRows() : first_two{}, third{}, is_third{} {
-    for (int i = 0; i < 96; ++i) {
-      const int part = i / 32, lane = i % 32, row = i % 3, column = i / 3;
-      if (row < 2) first_two[part][lane] = static_cast<uint16_t>(32 * row + column);
-      if (row == 2) third[part][lane] = static_cast<uint16_t>(column);
-      is_third[part] |= static_cast<uint32_t>(row == 2) << lane;
-    }
-  }
-};
-static constexpr ThreeRows kThreeRows;
-
-// to[3 * c + r] = from[r * from_stride + c]
-inline void zip_three_rows(const bfloat16* from, int64_t from_stride, int64_t columns, bfloat16* to) {
-  for (int64_t c = 0; c < columns; c += 32) {
-    const int64_t left = columns - c;
-    __m512i row[3];
-    for (int r = 0; r < 3; ++r) row[r] = (__m512i)load_elements(from + r * from_stride + c, left);
-    for (int part = 0; part < 3 && 32 * part < 3 * left; ++part) {
-      const __m512i zipped = _mm512_permutex2var_epi16(row[0], _mm512_loadu_si512(kThreeRows.first_two[part]), row[1]);
-      const __m512i third = _mm512_loadu_si512(kThreeRows.third[part]);
-      const __m512i all = _mm512_mask_permutexvar_epi16(zipped, kThreeRows.is_third[part], third, row[2]);
-      store_elements(to + 3 * c + 32 * part, (Vec<float>)all, 3 * left - 32 * part);
     }
   }
 }

@@ -445,9 +445,18 @@ FASTNN_INLINE T sum_halves(const T* lanes) {
 }
 template <class T>
 FASTNN_INLINE T sum_lanes(Vec<T> x) {
+#if defined(__AVX512F__)
+  // The halves are taken in registers: GCC would take them by way of memory.
+  typedef T Half __attribute__((vector_size(sizeof(Vec<T>) / 2)));
+  const Half sums = (Half)_mm512_castpd512_pd256((__m512d)x) + (Half)_mm512_extractf64x4_pd((__m512d)x, 1);
+  T lanes[kLanes<T> / 2];
+  __builtin_memcpy(lanes, &sums, sizeof(sums));
+  return sum_halves<kLanes<T> / 2>(lanes);
+#else
   T lanes[kLanes<T>];
   store(lanes, x);
   return sum_halves<kLanes<T>>(lanes);
+#endif
 }
 
 }  // namespace FASTNN_ISA

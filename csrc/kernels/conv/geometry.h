@@ -47,12 +47,13 @@ struct ConvPoolGeometry {
   // Whether any conv pixel reads the input at `at`, counted from where a conv pixel's input begins. Strides may skip
   // it.
   bool meets(int d, int64_t at) const {
-    if (dilation[d] == 1 && kernel[d] >= stride[d]) return true;
+    if (meets_all(d)) return true;
     for (int64_t k = 0; k < kernel[d]; ++k) {
       if ((at - k * dilation[d]) % stride[d] == 0) return true;
     }
     return false;
   }
+  bool meets_all(int d) const { return stride[d] == 1 || (dilation[d] == 1 && kernel[d] >= stride[d]); }
   // Whether each window is a conv pixel of its own.
   bool pools_nothing() const {
     return places() == 1 && output[0] == conv[0] && output[1] == conv[1] && output[2] == conv[2];

@@ -35,7 +35,8 @@ class PixelsForward {
         rows_(parts_.take<const C*>(g_.pool_kernel[0] * g_.pool_kernel[1])),
         places_(parts_.take<const C*>(g_.places())),
         bias_(parts_.take<C>(plan_.block)),
-        places_in_row_(parts_.take<int64_t>(plan_.band.input[2])) {
+        places_in_row_(parts_.take<int64_t>(plan_.band.input[2])),
+        places_in_slice_(parts_.take<int64_t>(plan_.band.images > 1 ? plan_.band.input[1] * g_.input[2] : 0)) {
     for (int64_t x = 0; x < plan_.band.input[2]; ++x) places_in_row_[x] = place_of(x);
     // The tiles also sum what lies behind the runs of columns. These sums are not used, but what they read must be
     // finite.
@@ -81,6 +82,7 @@ class PixelsForward {
 
   // Where a column of the band stands in its row.
   int64_t place_of(int64_t column) const {
+    if (plan_.residues == 1) return column * plan_.band.images;  // without a division, of which there are many
     return column % plan_.residues * plan_.run + column / plan_.residues * plan_.band.images;
   }
 
@@ -113,6 +115,16 @@ class PixelsForward {
     const bool alike = columns.first == zeroed_.first && columns.last == zeroed_.last && band_.images == zeroed_images_;
     zeroed_ = columns;
     zeroed_images_ = band_.images;
+    // Rows of images that follow each other are transposed as one, so that few transposes have columns to spare.
+    const bool are_joined =
+        images > 1 && count == g_.input[2] && layout.d[2] == 1 && layout.d[1] == count && g_.meets_all(1);
+    const Inside rows = overlap(band_.input[1], plan_.band.input[1], g_.input[1]);
+    if (are_joined && columns.first != joined_column_) {
+      joined_column_ = columns.first;
+      for (int64_t i = 0; i < plan_.band.input[1] * count; ++i) {
+        places_in_slice_[i] = i / count * plan_.step[1] + places_in_row_[columns.first + i % count];
+      }
+    }
     for_each_input_row(g_, layout, plan_.band, band_, [&](int64_t d, int64_t h, bool is_inside, int64_t place) {
       C* const to = copy_ + d * plan_.step[0] + h * plan_.step[1];
       if (!is_inside || count <= 0) {
@@ -133,11 +145,18 @@ class PixelsForward {
         }
         return;
       }
-      const auto place_in_row = [=](int64_t x) __attribute__((always_inline)) { return places[x]; };
+      const auto transpose_images = [&](int64_t pixels, const int64_t* at) {
+        for (int64_t c = 0; c < channels; ++c) {
+          transpose_to_places(row + c * layout.c, layout.n, band_.images, images, pixels, to + c * plan_.channel_step,
+                              [=](int64_t x) __attribute__((always_inline)) { return at[x]; });
+        }
+      };
+      if (are_joined && h > rows.first) return;  // which the slice's first row took along
+      if (images > 1)
+        return transpose_images(are_joined ? (rows.last - h) * count : count, are_joined ? places_in_slice_ : places);
       for (int64_t c = 0; c < channels; ++c, row += layout.c) {
-        C* const at = to + c * plan_.channel_step;
-        images > 1 ? transpose_to_places(row, layout.n, band_.images, images, count, at, place_in_row)
-                   : part_columns(row, count, plan_.residues, at, place_in_row);
+        part_columns(row, count, plan_.residues, to + c * plan_.channel_step,
+                     [=](int64_t x) __attribute__((always_inline)) { return places[x]; });
       }
     });
   }
@@ -323,12 +342,14 @@ class PixelsForward {
   uint8_t* winner_stage_;
   const C **rows_, **places_;
   C* bias_;
-  int64_t* places_in_row_;  // place_of each of the band's columns
+  int64_t* places_in_row_;    // place_of each of the band's columns
+  int64_t* places_in_slice_;  // the same of all columns of rows that follow each other, where images share vectors
   Band band_;
   int64_t tiles_;          // of a run of the band's conv pixels
   int64_t first_, count_;  // outputs of the block
   Inside zeroed_ = {-1, -1};
   int64_t zeroed_images_ = 0;
+  int64_t joined_column_ = -1;  // where the places in a slice begin in a row
 };
 
 template <class T>

@@ -600,7 +600,8 @@ ConvPlan plan_pixels_of(const Planner& p, int64_t images, int64_t tile_vectors, 
       .take(g.pool_kernel[0] * g.pool_kernel[1], pointer)
       .take(g.places(), pointer)
       .take(x.block, 4)
-      .take(x.band.input[2], 8);
+      .take(x.band.input[2], 8)
+      .take(images > 1 ? x.band.input[1] * g.input[2] : 0, 8);
   plan.scratch_size = memory.bytes;
   // The last band of the images costs as much as the others, however few images it has. That of columns has fewer
   // tiles.

@@ -20,6 +20,8 @@ class ImageWindow {
     images_ = images_wanted ? memory.take<E>(size) : nullptr;
     gradients_ = call.grad_input ? memory.take<C>(size) : nullptr;
     parts_ = call.grad_input && call.plan->in_parts ? memory.take<C>(size) : nullptr;
+    const int64_t rows = smaller(g_.input[1], plan_.axis == 1 ? plan_.slices : plan_.extent[1]);
+    rows_ = joins_rows() ? memory.take<C>(rows * g_.input[2] * plan_.lanes) : nullptr;
   }
 
   // Goes along the axis over the conv pixels `pixels` of an image, for `channels` channels from `channel` on, and over
@@ -111,8 +113,15 @@ class ImageWindow {
     }
   }
 
-  // Calls body(offset in the tensor, offset in the windows, columns) for each row of the input in the slices
-  // [first, last) of the image.
+  // Whether rows that follow each other in a tensor may be transposed as one: a row much shorter than a vector would
+  // waste most of a transpose. (bfloat16 that stays so is ordered by rows.)
+  bool joins_rows() const { return __is_same(E, C) && plan_.axis < 2 && plan_.lanes > 1 && g_.input[2] < kLanes<C>; }
+  bool joins_rows(const ConvLayout& layout) const {
+    return rows_ && layout.d[2] == 1 && layout.c != 1 && layout.d[1] == g_.input[2];
+  }
+
+  // Calls body(offset in the tensor, offset in the windows, rows, columns) for the rows of the input in the slices
+  // [first, last) of the image: for each, or once for those of a slice if they are joined.
   template <class Body>
   void for_each_row(const ConvLayout& layout, int64_t first, int64_t last, const Body& body) const {
     const int axis = plan_.axis;
@@ -134,9 +143,10 @@ class ImageWindow {
         count[0] = 1;
       }
     }
+    const int64_t rows = joins_rows(layout) ? count[1] : 1;
     for (int64_t z = 0; z < count[0]; ++z) {
-      for (int64_t y = 0; y < count[1]; ++y) {
-        body(start + z * layout.d[0] + y * layout.d[1], target + z * plan_.d[0] + y * plan_.d[1], count[2]);
+      for (int64_t y = 0; y < count[1]; y += rows) {
+        body(start + z * layout.d[0] + y * layout.d[1], target + z * plan_.d[0] + y * plan_.d[1], rows, count[2]);
       }
     }
   }
@@ -154,10 +164,15 @@ class ImageWindow {
     const ConvLayout& layout = call_.input_layout;
     const int64_t lanes = plan_.lanes;
     for_each_block(layout, [&](int64_t block, int64_t channels, int64_t start) {
-      for_each_row(layout, first, last, [&](int64_t at, int64_t offset, int64_t columns) {
+      for_each_row(layout, first, last, [&](int64_t at, int64_t offset, int64_t rows, int64_t columns) {
         const T* from = call_.input + start + at;
         E* to = images_ + block * plan_.size + offset;
-        if (layout.c != 1 && lanes > 1) {
+        if (rows > 1) {
+          if (channels < lanes) fill_zeros(rows_, rows * columns * lanes);
+          transpose_matrix(from, layout.c, channels, rows * columns, rows_, lanes);
+          for (int64_t y = 0; y < rows; ++y)
+            copy_run(rows_ + y * columns * lanes, columns * lanes, to + y * plan_.d[1]);
+        } else if (layout.c != 1 && lanes > 1) {
           transpose_matrix(from, layout.c, channels, columns, to, lanes);
         } else if (layout.d[2] == lanes && channels == lanes) {
           copy_run(from, columns * lanes, to);
@@ -178,10 +193,15 @@ class ImageWindow {
     const ConvLayout& layout = call_.grad_input_layout;
     const int64_t lanes = plan_.lanes;
     for_each_block(layout, [&](int64_t block, int64_t channels, int64_t start) {
-      for_each_row(layout, first, last, [&](int64_t at, int64_t offset, int64_t columns) {
+      for_each_row(layout, first, last, [&](int64_t at, int64_t offset, int64_t rows, int64_t columns) {
         const C* from = gradients_ + block * plan_.size + offset;
         T* to = call_.grad_input + start + at;
-        if (layout.c != 1 && lanes > 1) {
+        if (rows > 1) {
+          for (int64_t y = 0; y < rows; ++y) {
+            copy_run(from + y * plan_.d[1], columns * lanes, rows_ + y * columns * lanes);
+          }
+          transpose_matrix(rows_, lanes, rows * columns, channels, to, layout.c);
+        } else if (layout.c != 1 && lanes > 1) {
           transpose_matrix(from, lanes, columns, channels, to, layout.c);
         } else if (layout.d[2] == lanes && channels == lanes) {
           copy_out(from, columns * lanes, to);
@@ -199,6 +219,7 @@ class ImageWindow {
   const ImagePlan& plan_;
   E* images_;
   C* gradients_;
+  C* rows_;   // of a slice's channels, [row][column][lane], where rows may be joined; or null
   C* parts_;  // as large as the gradients, where so much is added to these that it is added up in parts first; or null
   int64_t image_, channel_, channels_, blocks_, origin_;  // origin: the slice that the windows begin with
   Range written_;                                         // slices of the gradient that are written

@@ -52,18 +52,18 @@ class PooledLists {
     for (int64_t o = 0; o < channels; ++o) {
       const T* const gradient = gradients.first + o * gradients.step;
       const uint8_t* const winner = winners.first + o * winners.step;
-      E* const values = lists.values + o * lists.room;
-      Offset<C>* const offsets = lists.offsets + o * lists.room;
-      int64_t* starts = lists.starts + o;
-      int64_t entries = 0;
+      int64_t entries = 0, *starts = lists.starts + o;
+      double sum = 0;
       for (int64_t start = 0; start < count; start += slice_, starts += lists.width) {
         *starts = entries;
-        Vec<C> total = {};
-        entries = list_slice({gradient, winner, start, smaller(start + slice_, count), count}, entries, values, offsets,
-                             total);
-        if (bias) bias[o] += sum_lanes<C>(total);
+        const Listed listed =
+            list_slice({gradient, winner, start, smaller(start + slice_, count), count},
+                       lists.values + o * lists.room + entries, lists.offsets + o * lists.room + entries);
+        entries += listed.entries;
+        sum += sum_lanes<C>(listed.total);
       }
       *starts = entries;
+      if (bias) bias[o] += sum;
     }
     return slices;
   }
@@ -76,12 +76,18 @@ class PooledLists {
     int64_t first, last, count;
   };
 
-  // Appends the pooled pixels of a slice that have a winner in the box and a gradient to a list of `entries`, and adds
-  // their gradients to `total`. Returns how many entries the list has.
-  FASTNN_INLINE int64_t list_slice(const Slice& slice, int64_t entries, E* values, Offset<C>* offsets,
-                                   Vec<C>& total) const {
+  // How many entries a slice has in a list, and the sum of their gradients in each lane.
+  struct Listed {
+    int64_t entries;
+    Vec<C> total;
+  };
+
+  // Lists the pooled pixels of a slice that have a winner in the box and a gradient.
+  FASTNN_INLINE Listed list_slice(const Slice& slice, E* values, Offset<C>* offsets) const {
     const int64_t window = g_.places(), room = room_;
     const Offset<C>* const places = places_;
+    int64_t entries = 0;
+    Vec<C> total = {};
     for (int64_t p = slice.first; p < slice.last; p += kLanes<C>) {
       const Numbers<C> winner = load_bytes_up_to<C>(slice.winners + p, slice.count - p);
       Vec<Offset<C>> place = Vec<Offset<C>>{} - 1;
@@ -90,7 +96,7 @@ class PooledLists {
       total += value;
       entries += append_nonzero(value, place, values + entries, offsets + entries);
     }
-    return entries;
+    return {entries, total};
   }
 
   // Rows of pooled pixels: of the first channel, and the elements from a channel's row to the next channel's.
