@@ -140,13 +140,37 @@ def test_signals_and_narrow_groups(name: str, dtype: torch.dtype, instruction_se
     for (forward, backward), memory_format in check_values(*NARROW[name], dtype):
         own = memory_format == torch.contiguous_format and instruction_set == "avx512" and dtype is torch.float32
         if own and NARROW[name][3] == 1:
-            assert forward in ("pixels", "phases", "direct")
+            assert forward in ("pixels", "phases", "direct", "pointwise")
             assert backward.split(", ")[0] == "stock" if "more padding" in name else forward
+
+
+# Kernels of one pixel: sizes, outputs. Contiguous images are multiplied as they lie.
+POINTWISE: dict[str, tuple[tuple[int, ...], int]] = {
+    "fewer inputs, in whole vectors": ((2, 32, 20, 21), 70),
+    "fewer inputs, not a vector of them": ((3, 5, 17, 19), 29),
+    "fewer outputs, in whole vectors": ((2, 75, 13, 11), 33),
+    "fewer outputs, not a vector of them": ((2, 40, 9, 15), 3),
+    "as many": ((1, 13, 6, 6), 13),
+    "many slices of pixels": ((5, 18, 31, 33), 20),
+    "few pixels": ((3, 24, 4, 8), 40),
+    "one output": ((2, 17, 12, 12), 1),
+    "1-d": ((2, 31, 199), 24),
+    "3-d": ((2, 9, 5, 6, 7), 14),
+}
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_kernels_of_one_pixel(name: str, instruction_set: str) -> None:
+    sizes, outputs = POINTWISE[name]
+    kernel = (1,) * (len(sizes) - 2)
+    ((algorithms, _),) = check_values(sizes, outputs, kernel, 1, 0, 1, 1, torch.float32, contiguous_alone=True)
+    of_weight = "pointwise, stock" if name == "one output" else "pointwise"
+    assert algorithms == ("pointwise", of_weight)
 
 
 def check_values(
     sizes: tuple[int, ...], outputs: int, kernel: tuple[int, ...], stride: int, padding: Any, dilation: int,
-    groups: int, dtype: torch.dtype,
+    groups: int, dtype: torch.dtype, contiguous_alone: bool = False,
 ) -> list[tuple[tuple[str, str], torch.memory_format]]:  # fmt: skip
     """Compares values and gradients with stock's in float64 -> the algorithms in each memory format."""
     dims, seen = len(kernel), []
@@ -163,7 +187,7 @@ def check_values(
         result = function(*leaves, stride, padding, dilation, groups)
         return [result, *torch.autograd.grad(result, leaves, given.to(dtype))]
 
-    for memory_format in formats:
+    for memory_format in formats[:1] if contiguous_alone else formats:
         x = tensors[0].to(memory_format=memory_format)
         for given in (grad, grad.to(memory_format=formats[-1]), grad.flatten()[:1].sum().expand(grad.shape)):
             exact, theirs = of_stock(torch.float64, x, given), of_stock(dtype, x, given)
@@ -204,15 +228,15 @@ def test_special_values(channels: int, groups: int, special: float, of: int, ins
         assert torch.equal(one.isinf(), reference.isinf())
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
-    input, weight = torch.randn(4, 64, 20, 20), torch.randn(64, 64, 3, 3)
-    grad = torch.randn(4, 64, 20, 20)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("sizes", [(4, 64, 20, 20), (1, 96, 10, 10)])
+def test_same_bits_for_any_number_of_threads(kernel: int, sizes: tuple[int, ...]) -> None:
+    input, weight, grad = torch.randn(sizes), torch.randn(sizes[1], sizes[1], kernel, kernel), torch.randn(sizes)
+    flat = geometry(kernel // 2)
     results = []
     for threads in (1, 2, 3):
         with using_threads(threads):
-            results.append(
-                [RAW(input, weight, None, geometry()), *RAW_BACKWARD(grad, input, weight, geometry(), True, True, True)]
-            )
+            results.append([RAW(input, weight, None, flat), *RAW_BACKWARD(grad, input, weight, flat, True, True, True)])
     for one in results[1:]:
         for a, b in zip(one, results[0], strict=True):
             assert torch.equal(a, b)

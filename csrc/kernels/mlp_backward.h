@@ -39,26 +39,25 @@ const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, i
   return buffer;
 }
 
-// output (m, n) = sum over k of a[m * a_row + k * a_depth] * b[k * n + column], added to what is there if `add`.
 template <class T>
-void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, T* output,
-              bool rows_first, bool add) {
+void multiply(const Product<T>& p) {
+  const int64_t m = p.rows, n = p.columns;
   const auto tile = [&](auto count, auto width, int64_t row, int64_t column, int last) {
     constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
-    T* to = output + row * n + column;
+    T* to = p.output + row * p.output_row + column;
     Vec<T> total[rows][vectors];
-    multiply_tile<rows, vectors>(depth, a + row * a_row, a_row, a_depth, b + column, n, last, total);
+    multiply_tile<rows, vectors>(p.depth, p.a + row * p.a_row, p.a_row, p.a_depth, p.b + column, p.b_row, last, total);
     // A block is summed by itself and then added to the others, since rounding errors grow with the length of a sum.
-    if (add) {
+    if (p.add) {
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          total[r][v] += load_up_to<T>(to + r * n + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
+          total[r][v] += load_up_to<T>(to + r * p.output_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
         }
       }
     }
-    store_tile<rows, vectors, T>(total, last, to, n, [](Vec<T> x, int) { return x; });
+    store_tile<rows, vectors, T>(total, last, to, p.output_row, [](Vec<T> x, int) { return x; });
   };
   // A tile goes down the rows of `b`, which may be a page each. Few rows of `a` leave registers for wider tiles.
   int64_t column = 0;
@@ -70,7 +69,7 @@ void multiply(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, in
       }
     });
   }
-  for_each_tile<T>(m, n - column, rows_first, [&](auto count, auto width, int64_t row, int64_t right, int last) {
+  for_each_tile<T>(m, n - column, p.rows_first, [&](auto count, auto width, int64_t row, int64_t right, int last) {
     tile(count, width, row, column + right, last);
   });
 }
@@ -137,11 +136,11 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
                        bool add, const Member& member) {
   if (!is_narrow(layer)) {
     const Share which = member.share(layer.out);
-    return multiply(which.last - which.first, layer.in, rows, gradient + which.first, 1, layer.out, input,
-                    layer.grad_weight + which.first * layer.in, rows < kRowsForPanels, add);
+    return multiply<T>({which.last - which.first, layer.in, rows, gradient + which.first, 1, layer.out, input, layer.in,
+                        layer.grad_weight + which.first * layer.in, layer.in, rows < kRowsForPanels, add});
   }
   if (member.share(1).empty()) return;
-  multiply(layer.in, layer.out, rows, input, 1, layer.in, gradient, turned, false, false);
+  multiply<T>({layer.in, layer.out, rows, input, 1, layer.in, gradient, layer.out, turned, layer.out, false, false});
   for (int64_t o = 0; o < layer.out; ++o) {
     for (int64_t i = 0; i < layer.in; ++i) {
       T& to = layer.grad_weight[o * layer.in + i];
@@ -191,8 +190,8 @@ void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int
                         const Member& member) {
   if (!is_narrow(layer)) {
     if (rows > kFewRows) {  // a team of several members never has so many rows
-      return multiply(rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, output,
-                      stays_in_cache<T>(layer.out, layer.in), false);
+      return multiply<T>({rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, layer.in, output, layer.in,
+                          stays_in_cache<T>(layer.out, layer.in), false});
     }
     return with_constant<kFewRows>(static_cast<int>(rows), [&](auto constant) {
       multiply_along_weight<decltype(constant)::value>(layer, gradient, output, share_vectors<T>(member, layer.in));

@@ -3,6 +3,7 @@
 #include "../kernels/conv/machine.h"
 #include "../kernels/elementwise.h"
 #include "conv_input_gradient.h"
+#include "conv_pointwise.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
 #include "register.h"
@@ -68,9 +69,11 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
-// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says.
+// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Few elements are added up in
+// T.
 template <class T>
 Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const T* gradient) {
+  constexpr int64_t kLongest = 128;
   const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
   const auto& kernels = elementwise_kernels().get<T>();
   std::vector<double> totals(static_cast<size_t>(channels));
@@ -80,8 +83,11 @@ Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const 
     const bool pixels_lie_together = layout.d[2] == 1 || channels == 1;
     if (!pixels_lie_together) kernels.sum_rows(image, pixels, channels, channels, T(1), of_image.get());
     for (int64_t c = 0; c < channels; ++c) {
-      totals[static_cast<size_t>(c)] +=
-          pixels_lie_together ? kernels.sum(image + c * pixels, pixels) : of_image.get()[c];
+      double& total = totals[static_cast<size_t>(c)];
+      if (!pixels_lie_together) total += of_image.get()[c];
+      for (int64_t p = 0; pixels_lie_together && p < pixels; p += kLongest) {
+        total += kernels.sum(image + c * pixels + p, std::min(kLongest, pixels - p));
+      }
     }
   }
   Tensor result = new_tensor({channels}, kDtypeOf<T>);
@@ -112,12 +118,39 @@ std::optional<ConvGradients> gradients_by_plan(const ConvPoolProblem& problem, C
   return made;
 }
 
+// Whether images and gradients are multiplied as they lie (conv_pointwise.h). torch moves what it multiplies, which
+// takes little of its time where the weight is large.
+bool is_product_of_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  constexpr int64_t kLeastPixels = 32;
+  const ConvPoolGeometry& g = problem.geometry;
+  return problem.kind.dtype == ScalarType::Float && is_pointwise(g) && g.batch > 0 && g.pixels() >= kLeastPixels &&
+         g.in_channels > 1 && g.out_channels > 0 && !is_large_product(g.pixels(), g.in_channels, g.out_channels) &&
+         input.is_contiguous() && weight.is_contiguous() && !output_is_channels_last(problem, input, weight);
+}
+ConvGradients gradients_by_products(const ConvPoolGeometry& g, const Tensor& given_gradient, const Tensor& input,
+                                    const Tensor& weight, const Wanted& wanted) {
+  const Pointwise pointwise(g);
+  const Tensor gradient = in_format(conv_backward_kernels().get<float>(), given_gradient, false);
+  ConvGradients made;
+  if (wanted.input) {
+    made.input = new_tensor(sizes_of(input), ScalarType::Float);
+    pointwise.input_gradient(data<float>(gradient), data<float>(weight), mutable_data<float>(made.input));
+  }
+  if (wanted.weight && g.out_channels > 1) {  // a single row is left to torch
+    made.weight = new_tensor(sizes_of(weight), ScalarType::Float);
+    pointwise.weight_gradient(data<float>(gradient), data<float>(input), mutable_data<float>(made.weight));
+  }
+  if (wanted.bias) made.bias = bias_gradient(g, PlainImages(gradient).layout, data<float>(gradient));
+  return made;
+}
+
 // The gradients that our kernels give; the others are empty: torch's are as fast for those.
 template <class T>
 ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradient, const Tensor& input,
                             const Tensor& weight, const Wanted& wanted) {
   const ConvPoolGeometry& g = problem.geometry;
   if (g.batch == 0) return {};
+  if (is_product_of_images(problem, input, weight)) return gradients_by_products(g, gradient, input, weight, wanted);
   const ConvBackwardKernels<T>& kernels = conv_backward_kernels().get<T>();
   const PlainImages images(input), taps(weight), dense(gradient);
   ConvBackward<T> call = backward_call<T>(g, dense.tensor, images, taps);
@@ -153,6 +186,12 @@ ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradie
 Tensor plain_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Ints& geometry) {
   const ConvPoolProblem problem = check_problem(kOp, input, weight, bias, geometry);
   const bool channels_last = output_is_channels_last(problem, input, weight);
+  if (is_product_of_images(problem, input, weight)) {
+    Tensor output = new_tensor(output_sizes(problem), ScalarType::Float);
+    const float* const added = bias ? data<float>(*bias) : nullptr;
+    Pointwise(problem.geometry).forward(data<float>(input), data<float>(weight), added, mutable_data<float>(output));
+    return output;
+  }
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
     if (choose_forward<T>(problem.geometry, is_channels_last(input), channels_last) == ForwardAlgorithm::stock) {
@@ -247,6 +286,9 @@ std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, 
                                                            const OptionalTensor& bias, const Ints& geometry) {
   const ConvPoolProblem problem = check_convolution("convolution_algorithm", input, weight, bias, geometry);
   if (problem.geometry.batch == 0) return {"none", "none"};
+  if (is_product_of_images(problem, input, weight)) {
+    return {"pointwise", problem.geometry.out_channels > 1 ? "pointwise" : "pointwise, stock"};
+  }
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);
     const bool last = is_channels_last(input), output_last = output_is_channels_last(problem, input, weight);

@@ -1,5 +1,6 @@
 """A convolution that neither ReLU nor a pool follows: by our kernels where they are faster (algorithms that multiply
-less, depthwise convolutions and narrow groups, signals, contiguous images of few channels, float64), else torch's own.
+less, depthwise convolutions and narrow groups, signals, contiguous images of few channels, contiguous images and
+kernels of one pixel, float64), else torch's own.
 
 In a model such a convolution stands before a batch norm that takes the statistics of its output, or before an addition.
 """
@@ -57,6 +58,8 @@ def _stock(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeo
 # The calls that our kernels take, by all that the choice follows from: asking the planner takes some microseconds.
 _chosen: dict[Any, bool] = {}
 _MOST_CHOSEN = 1024
+# Kernels of one pixel save a quarter of torch's time; with fewer products than these an autograd function costs more.
+_LEAST_PRODUCTS = 1 << 22
 
 
 def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatGeometry, dims: int) -> bool:
@@ -78,7 +81,10 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: FlatG
                 _chosen.clear()
             with torch.no_grad():
                 algorithms = _algorithm_op(input, weight, bias, geometry)
-                found = _chosen[key] = any(name not in ("stock", "none") for name in algorithms)
+                found = any(name not in ("stock", "none") for name in algorithms)
+                if algorithms[0] == "pointwise":
+                    found = input.numel() * weight.shape[0] >= _LEAST_PRODUCTS
+                _chosen[key] = found
     except RuntimeError:  # a tensor without strides, such as a sparse one; or sizes that torch refuses in its own words
         return False
     return found

@@ -1,0 +1,105 @@
+// Convolutions whose kernel is one pixel, of contiguous images, forward and backward: products of matrices with each
+// image as it lies, (channels, pixels), so that nothing is moved but for the weight's gradient.
+#pragma once
+
+#include "../kernels/elementwise.h"
+#include "conv_problem.h"
+#include "product.h"
+
+namespace fastnn {
+
+// Whether each conv pixel is a product of the weight with one pixel of the input.
+inline bool is_pointwise(const ConvPoolGeometry& g) {
+  bool moves = g.groups > 1 || g.taps() > 1;
+  for (int d = 0; d < 3; ++d) moves = moves || g.stride[d] > 1 || g.padding[d] > 0 || g.padding_end[d] > 0;
+  return !moves;
+}
+
+class Pointwise {
+ public:
+  explicit Pointwise(const ConvPoolGeometry& g)
+      : images_(g.batch), pixels_(g.pixels()), inputs_(g.in_channels), outputs_(g.out_channels) {}
+
+  // weight (outputs, inputs); bias (outputs), or null.
+  void forward(const float* input, const float* weight, const float* bias, float* output) const {
+    multiply_images({weight, outputs_, inputs_}, bias, input, output);
+  }
+  void input_gradient(const float* gradient, const float* weight, float* grad_input) const {
+    multiply_images(Matrix<const float>(weight, outputs_, inputs_).transposed(), nullptr, gradient, grad_input);
+  }
+
+  // The pixels of all images are cut into slices, and these into parts whose sums are made one by one. Neither depends
+  // on the number of threads.
+  void weight_gradient(const float* gradient, const float* input, float* grad_weight) const {
+    constexpr int64_t kSlice = 128, kLeastSlices = 4, kMostParts = 8;
+    const int64_t of_image = divide_up(pixels_, kSlice), slices = images_ * of_image;
+    const int64_t parts = std::min(kMostParts, std::max<int64_t>(1, slices / kLeastSlices));
+    // One factor is turned, so that its channels lie side by side: the one that has fewer, if they fill a vector.
+    const int64_t fewer = std::min(inputs_, outputs_);
+    const bool turns_input = (fewer < kLeastChannels) == (fewer != inputs_);
+    const int64_t rows = turns_input ? outputs_ : inputs_, columns = turns_input ? inputs_ : outputs_;
+    const float *const left = turns_input ? gradient : input, *const right = turns_input ? input : gradient;
+    const double work = static_cast<double>(inputs_) * outputs_ * pixels_ * images_;
+    const int64_t threads = useful_threads(work), splits = std::min(rows, divide_up(threads, parts));
+    const int64_t size = checked_product(inputs_, outputs_);
+    const Scratch<float> sums(checked_product(parts, size)), turned(checked_product(parts * splits, kSlice * columns));
+    const auto& kernels = mlp_kernels().get<float>();
+    const auto& elementwise = elementwise_kernels().get<float>();
+    const auto sum_part = [&](int64_t item) {
+      const int64_t part = item / splits, split = item % splits;
+      const int64_t first_row = rows * split / splits, last_row = rows * (split + 1) / splits;
+      float* const side_by_side = turned.get() + item * kSlice * columns;
+      const int64_t first = slices * part / parts, last = slices * (part + 1) / parts;
+      for (int64_t slice = first; slice < last; ++slice) {
+        const int64_t image = slice / of_image, place = slice % of_image;
+        const int64_t start = pixels_ * place / of_image, count = pixels_ * (place + 1) / of_image - start;
+        elementwise.transpose(right + image * columns * pixels_ + start, pixels_, columns, count, side_by_side,
+                              columns);
+        kernels.multiply({last_row - first_row, columns, count, left + (image * rows + first_row) * pixels_ + start,
+                          pixels_, 1, side_by_side, columns, sums.get() + part * size + first_row * columns, columns,
+                          false, slice > first});
+      }
+    };
+    parallel_chunks(std::min(threads, parts * splits), parts * splits, [&](int64_t, int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) sum_part(item);
+    });
+    sum_parts(sums.get(), parts, size, 1);
+    if (turns_input) {
+      std::copy_n(sums.get(), size, grad_weight);
+    } else {
+      elementwise.transpose(sums.get(), outputs_, inputs_, outputs_, grad_weight, inputs_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLeastChannels = 16;
+
+  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  // output (a.rows, pixels) = a times input (a.columns, pixels), and the bias of each row, for each image. Images are
+  // cut into runs of pixels whose input stays in the cache, and where threads are more than runs, into rows, too.
+  void multiply_images(const Matrix<const float>& a, const float* bias, const float* input, float* output) const {
+    constexpr int64_t kElements = 1 << 14, kFewest = 128, kMost = 1024;  // of a run's input; of its pixels
+    const int64_t run = std::min(kMost, std::max(kFewest, kElements / a.columns / kFewest * kFewest));
+    const int64_t of_image = divide_up(pixels_, run), runs = images_ * of_image;
+    const double work = static_cast<double>(a.rows) * a.columns * pixels_ * images_;
+    const int64_t threads = useful_threads(work), splits = std::min(a.rows, divide_up(threads, runs));
+    const auto& kernels = mlp_kernels().get<float>();
+    const auto multiply_run = [&](int64_t item) {
+      const int64_t image = item / splits / of_image, start = item / splits % of_image * run;
+      const int64_t count = std::min(run, pixels_ - start), split = item % splits;
+      const int64_t first = a.rows * split / splits, rows = a.rows * (split + 1) / splits - first;
+      float* const to = output + (image * a.rows + first) * pixels_ + start;
+      for (int64_t r = 0; bias && r < rows; ++r) std::fill_n(to + r * pixels_, count, bias[first + r]);
+      kernels.multiply({rows, count, a.columns, a.data + first * a.row, a.row, a.column,
+                        input + image * a.columns * pixels_ + start, pixels_, to, pixels_, true, bias != nullptr});
+    };
+    parallel_chunks(std::min(threads, runs * splits), runs * splits, [&](int64_t, int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) multiply_run(item);
+    });
+  }
+
+  const int64_t images_, pixels_, inputs_, outputs_;
+};
+
+}  // namespace fastnn
