@@ -168,6 +168,7 @@ py::dict conv_algorithms() {
   py::dict forward, backward;
   for (const fastnn::AlgorithmEntry& entry : fastnn::kForwardEntries) forward[entry.name] = entry.words;
   for (const fastnn::AlgorithmEntry& entry : fastnn::kBackwardEntries) backward[entry.name] = entry.words;
+  for (py::dict* const each : {&forward, &backward}) (*each)[fastnn::kPointwise.name] = fastnn::kPointwise.words;
   py::dict result;
   result["forward"] = forward;
   result["backward"] = backward;

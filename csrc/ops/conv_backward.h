@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/conv/backward/problem.h"
+#include "../kernels/elementwise.h"
 #include "conv_plan.h"
 
 namespace fastnn {
@@ -128,6 +129,32 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
     kernels.unpack_weight(call, weight_parts.get(), mutable_data<T>(grad_weight), PlainImages(grad_weight).layout);
   }
   if (wanted.bias) kernels.store(bias_parts.get(), bias_size, mutable_data<T>(grad_bias));
+}
+
+// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Few elements are added up in
+// T.
+template <class T>
+Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const T* gradient) {
+  constexpr int64_t kLongest = 128;
+  const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
+  const auto& kernels = elementwise_kernels().get<T>();
+  std::vector<double> totals(static_cast<size_t>(channels));
+  const Scratch<T> of_image(channels);
+  for (int64_t n = 0; n < g.batch; ++n) {
+    const T* const image = gradient + n * layout.n;
+    const bool pixels_lie_together = layout.d[2] == 1 || channels == 1;
+    if (!pixels_lie_together) kernels.sum_rows(image, pixels, channels, channels, T(1), of_image.get());
+    for (int64_t c = 0; c < channels; ++c) {
+      double& total = totals[static_cast<size_t>(c)];
+      if (!pixels_lie_together) total += of_image.get()[c];
+      for (int64_t p = 0; pixels_lie_together && p < pixels; p += kLongest) {
+        total += kernels.sum(image + c * pixels + p, std::min(kLongest, pixels - p));
+      }
+    }
+  }
+  Tensor result = new_tensor({channels}, kDtypeOf<T>);
+  std::copy(totals.begin(), totals.end(), mutable_data<T>(result));
+  return result;
 }
 
 }  // namespace fastnn

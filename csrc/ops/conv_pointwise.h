@@ -2,8 +2,7 @@
 // image as it lies, (channels, pixels), so that nothing is moved but for the weight's gradient.
 #pragma once
 
-#include "../kernels/elementwise.h"
-#include "conv_problem.h"
+#include "conv_stock_backward.h"
 #include "product.h"
 
 namespace fastnn {
@@ -20,12 +19,15 @@ class Pointwise {
   explicit Pointwise(const ConvPoolGeometry& g)
       : images_(g.batch), pixels_(g.pixels()), inputs_(g.in_channels), outputs_(g.out_channels) {}
 
-  // weight (outputs, inputs); bias (outputs), or null.
-  void forward(const float* input, const float* weight, const float* bias, float* output) const {
-    multiply_images({weight, outputs_, inputs_}, bias, input, output);
+  // weight (outputs, inputs); bias (outputs), or null. finish(output, first, count) is called for each run of elements
+  // once they are there.
+  template <class Finish>
+  void forward(const float* input, const float* weight, const float* bias, float* output, const Finish& finish) const {
+    multiply_images({weight, outputs_, inputs_}, bias, input, output, finish);
   }
   void input_gradient(const float* gradient, const float* weight, float* grad_input) const {
-    multiply_images(Matrix<const float>(weight, outputs_, inputs_).transposed(), nullptr, gradient, grad_input);
+    multiply_images(Matrix<const float>(weight, outputs_, inputs_).transposed(), nullptr, gradient, grad_input,
+                    [](float*, int64_t, int64_t) {});
   }
 
   // The pixels of all images are cut into slices, and these into parts whose sums are made one by one. Neither depends
@@ -78,7 +80,9 @@ class Pointwise {
 
   // output (a.rows, pixels) = a times input (a.columns, pixels), and the bias of each row, for each image. Images are
   // cut into runs of pixels whose input stays in the cache, and where threads are more than runs, into rows, too.
-  void multiply_images(const Matrix<const float>& a, const float* bias, const float* input, float* output) const {
+  template <class Finish>
+  void multiply_images(const Matrix<const float>& a, const float* bias, const float* input, float* output,
+                       const Finish& finish) const {
     constexpr int64_t kElements = 1 << 14, kFewest = 128, kMost = 1024;  // of a run's input; of its pixels
     const int64_t run = std::min(kMost, std::max(kFewest, kElements / a.columns / kFewest * kFewest));
     const int64_t of_image = divide_up(pixels_, run), runs = images_ * of_image;
@@ -93,6 +97,7 @@ class Pointwise {
       for (int64_t r = 0; bias && r < rows; ++r) std::fill_n(to + r * pixels_, count, bias[first + r]);
       kernels.multiply({rows, count, a.columns, a.data + first * a.row, a.row, a.column,
                         input + image * a.columns * pixels_ + start, pixels_, to, pixels_, true, bias != nullptr});
+      for (int64_t r = 0; r < rows; ++r) finish(output, to - output + r * pixels_, count);
     };
     parallel_chunks(std::min(threads, runs * splits), runs * splits, [&](int64_t, int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) multiply_run(item);
@@ -101,5 +106,45 @@ class Pointwise {
 
   const int64_t images_, pixels_, inputs_, outputs_;
 };
+
+// Whether a convolution is computed so. torch moves what it multiplies, which takes little of its time where the weight
+// is large.
+inline bool is_product_of_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  constexpr int64_t kLeastPixels = 32;
+  const ConvPoolGeometry& g = problem.geometry;
+  return problem.kind.dtype == ScalarType::Float && is_pointwise(g) && g.pools_nothing() && g.batch > 0 &&
+         g.pixels() >= kLeastPixels && g.in_channels > 1 && g.out_channels > 0 &&
+         !is_large_product(g.pixels(), g.in_channels, g.out_channels) && input.is_contiguous() &&
+         weight.is_contiguous() && !output_is_channels_last(problem, input, weight);
+}
+
+template <class Finish>
+Tensor product_of_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, const Finish& finish) {
+  Tensor output = new_tensor(output_sizes(problem), ScalarType::Float);
+  const Tensor added = bias ? dense(*bias) : Tensor();
+  Pointwise(problem.geometry)
+      .forward(data<float>(input), data<float>(weight), bias ? data<float>(added) : nullptr,
+               mutable_data<float>(output), finish);
+  return output;
+}
+
+// The weight's gradient is left empty where it is a single row: torch is faster there.
+inline ConvGradients gradients_by_products(const ConvPoolGeometry& g, const Tensor& given_gradient, const Tensor& input,
+                                           const Tensor& weight, const Wanted& wanted) {
+  const Pointwise pointwise(g);
+  const Tensor gradient = in_format(conv_backward_kernels().get<float>(), given_gradient, false);
+  ConvGradients made;
+  if (wanted.input) {
+    made.input = new_tensor(sizes_of(input), ScalarType::Float);
+    pointwise.input_gradient(data<float>(gradient), data<float>(weight), mutable_data<float>(made.input));
+  }
+  if (wanted.weight && g.out_channels > 1) {
+    made.weight = new_tensor(sizes_of(weight), ScalarType::Float);
+    pointwise.weight_gradient(data<float>(gradient), data<float>(input), mutable_data<float>(made.weight));
+  }
+  if (wanted.bias) made.bias = bias_gradient(g, PlainImages(gradient).layout, data<float>(gradient));
+  return made;
+}
 
 }  // namespace fastnn

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "conv_forward.h"
+#include "conv_pointwise.h"
 #include "conv_winograd_backward.h"
 #include "operators.h"
 #include "register.h"
@@ -15,6 +16,11 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
   const int64_t places = checked_product(checked_product(g.pool_kernel[0], g.pool_kernel[1]), g.pool_kernel[2]);
   FASTNN_CHECK(places <= kMostPlaces, op, ": a winner's place is one byte, so a window may have at most ", kMostPlaces,
                " elements, got ", places);
+}
+
+// Whether forward and backward are products of images as they lie. A weight of a single row is left to the planner.
+bool multiplies_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+  return is_product_of_images(problem, input, weight) && problem.geometry.out_channels > 1;
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------
@@ -55,6 +61,13 @@ Tensor checked_forward(const char* op, const Tensor& given_input, const Tensor& 
   if (winners) {
     check_places(op, problem.geometry);
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
+  }
+  if (!algorithm && multiplies_images(problem, input, weight)) {
+    uint8_t* const places = winners ? mutable_data<uint8_t>(**winners) : nullptr;
+    const auto& kernels = conv_kernels().get<float>();
+    return product_of_images(problem, input, weight, bias, [&](float* made, int64_t first, int64_t count) {
+      kernels.rectify(made + first, count, made + first, places ? places + first : nullptr);
+    });
   }
   return with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
@@ -106,6 +119,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     const ConvKernels<T>& kernels = conv_kernels().get<T>();
     const int64_t wanted = forward_algorithm<T>(op, algorithm, problem, is_channels_last(input));
     if (problem.geometry.batch == 0) return {"none", "none"};
+    if (!algorithm && multiplies_images(problem, input, weight)) return {kPointwise.name, kPointwise.name};
     const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
     const PlanKey key = plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted);
@@ -171,6 +185,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     call.winners_layout = plain_winners.layout;
     FASTNN_CHECK(kernels.winners_are_valid(g, call.winners, call.winners_layout), op,
                  ": winners has a place that its window doesn't have");
+    if constexpr (std::is_same_v<T, float>) {
+      if (!algorithm && multiplies_images(problem, input, weight)) {
+        const Tensor masked = masked_gradient(kernels, dense(grad_output), dense(winners));
+        ConvGradients made = gradients_by_products(g, masked, input, weight, wanted);
+        gradients = empty_gradients(input, weight, {false, false, false});
+        if (wanted.input) gradients.input = std::move(made.input);
+        if (wanted.weight) gradients.weight = std::move(made.weight);
+        if (wanted.bias) gradients.bias = std::move(made.bias);
+        return {std::move(gradients.input), std::move(gradients.weight), std::move(gradients.bias)};
+      }
+    }
     BackwardKey key = backward_key(kernels, problem, plain_input.channels_last, wanted, -1);
     if (algorithm) {
       key.request.algorithm =

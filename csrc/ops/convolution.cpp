@@ -69,32 +69,6 @@ const ConvBackwardPlan& backward_plan(const ConvPoolProblem& problem, const Tens
   return plan_for(key);
 }
 
-// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Few elements are added up in
-// T.
-template <class T>
-Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const T* gradient) {
-  constexpr int64_t kLongest = 128;
-  const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
-  const auto& kernels = elementwise_kernels().get<T>();
-  std::vector<double> totals(static_cast<size_t>(channels));
-  const Scratch<T> of_image(channels);
-  for (int64_t n = 0; n < g.batch; ++n) {
-    const T* const image = gradient + n * layout.n;
-    const bool pixels_lie_together = layout.d[2] == 1 || channels == 1;
-    if (!pixels_lie_together) kernels.sum_rows(image, pixels, channels, channels, T(1), of_image.get());
-    for (int64_t c = 0; c < channels; ++c) {
-      double& total = totals[static_cast<size_t>(c)];
-      if (!pixels_lie_together) total += of_image.get()[c];
-      for (int64_t p = 0; pixels_lie_together && p < pixels; p += kLongest) {
-        total += kernels.sum(image + c * pixels + p, std::min(kLongest, pixels - p));
-      }
-    }
-  }
-  Tensor result = new_tensor({channels}, kDtypeOf<T>);
-  std::copy(totals.begin(), totals.end(), mutable_data<T>(result));
-  return result;
-}
-
 // The wanted gradients by the algorithm of the plan for them. Nothing where that is torch's, or where elements are not
 // finite or so large that the transforms of Winograd could overflow.
 template <class T>
@@ -115,32 +89,6 @@ std::optional<ConvGradients> gradients_by_plan(const ConvPoolProblem& problem, C
   } else {
     run_backward(kernels, call, problem.work, wanted, made.input, made.weight, made.bias);
   }
-  return made;
-}
-
-// Whether images and gradients are multiplied as they lie (conv_pointwise.h). torch moves what it multiplies, which
-// takes little of its time where the weight is large.
-bool is_product_of_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
-  constexpr int64_t kLeastPixels = 32;
-  const ConvPoolGeometry& g = problem.geometry;
-  return problem.kind.dtype == ScalarType::Float && is_pointwise(g) && g.batch > 0 && g.pixels() >= kLeastPixels &&
-         g.in_channels > 1 && g.out_channels > 0 && !is_large_product(g.pixels(), g.in_channels, g.out_channels) &&
-         input.is_contiguous() && weight.is_contiguous() && !output_is_channels_last(problem, input, weight);
-}
-ConvGradients gradients_by_products(const ConvPoolGeometry& g, const Tensor& given_gradient, const Tensor& input,
-                                    const Tensor& weight, const Wanted& wanted) {
-  const Pointwise pointwise(g);
-  const Tensor gradient = in_format(conv_backward_kernels().get<float>(), given_gradient, false);
-  ConvGradients made;
-  if (wanted.input) {
-    made.input = new_tensor(sizes_of(input), ScalarType::Float);
-    pointwise.input_gradient(data<float>(gradient), data<float>(weight), mutable_data<float>(made.input));
-  }
-  if (wanted.weight && g.out_channels > 1) {  // a single row is left to torch
-    made.weight = new_tensor(sizes_of(weight), ScalarType::Float);
-    pointwise.weight_gradient(data<float>(gradient), data<float>(input), mutable_data<float>(made.weight));
-  }
-  if (wanted.bias) made.bias = bias_gradient(g, PlainImages(gradient).layout, data<float>(gradient));
   return made;
 }
 
@@ -187,10 +135,7 @@ Tensor plain_convolution(const Tensor& input, const Tensor& weight, const Option
   const ConvPoolProblem problem = check_problem(kOp, input, weight, bias, geometry);
   const bool channels_last = output_is_channels_last(problem, input, weight);
   if (is_product_of_images(problem, input, weight)) {
-    Tensor output = new_tensor(output_sizes(problem), ScalarType::Float);
-    const float* const added = bias ? data<float>(*bias) : nullptr;
-    Pointwise(problem.geometry).forward(data<float>(input), data<float>(weight), added, mutable_data<float>(output));
-    return output;
+    return product_of_images(problem, input, weight, bias, [](float*, int64_t, int64_t) {});
   }
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) {
     using T = decltype(type);
@@ -287,7 +232,8 @@ std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, 
   const ConvPoolProblem problem = check_convolution("convolution_algorithm", input, weight, bias, geometry);
   if (problem.geometry.batch == 0) return {"none", "none"};
   if (is_product_of_images(problem, input, weight)) {
-    return {"pointwise", problem.geometry.out_channels > 1 ? "pointwise" : "pointwise, stock"};
+    const std::string name = kPointwise.name;
+    return {name, problem.geometry.out_channels > 1 ? name : name + ", stock"};
   }
   return with_kernel_dtype(problem.kind.dtype, [&](auto type) -> std::tuple<std::string, std::string> {
     using T = decltype(type);

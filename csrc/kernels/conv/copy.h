@@ -152,20 +152,18 @@ FASTNN_INLINE void copy_out(const uint8_t* from, int64_t count, uint8_t* to) {
   if (count > 0) __builtin_memcpy(to, from, count);
 }
 
-// ReLU and argmaxes of conv pixels, in any order, where each conv pixel is a window.
+// ReLU and argmaxes of conv pixels, in any order, where each conv pixel is a window. `to` may be `from`.
 template <class T>
 void rectify(const T* from, int64_t count, T* to, uint8_t* winners) {
   using C = Compute<T>;
-  constexpr int64_t vectors = 16, most = vectors * kLanes<C>;
-  C pixels[most] = {}, best[most];
-  uint8_t places[most];
-  const C* const place = pixels;
-  for (int64_t first = 0; first < count; first += most) {
-    const int64_t some = smaller(most, count - first);
-    copy_run(from + first, some, pixels);
-    pool_windows<C>({&place, 1, kLanes<C>, kLanes<C>, vectors, 1, {C(0)}}, best, winners ? places : nullptr);
-    copy_out(best, some, to + first);
-    if (winners) copy_out(places, some, winners + first);
+  for (int64_t i = 0; i < count; i += kLanes<C>) {
+    const int64_t left = smaller(kLanes<C>, count - i);
+    const Vec<C> value = relu(load_up_to<T>(from + i, left));
+    store_up_to<T>(to + i, value, left);
+    if (!winners) continue;
+    uint8_t places[kLanes<C>];
+    store_winners<C>(value, number<C>(0), left == kLanes<C> ? winners + i : places);
+    if (left < kLanes<C>) copy_out(places, left, winners + i);
   }
 }
 

@@ -23,6 +23,9 @@ struct AlgorithmEntry {
 #define FASTNN_ALGORITHM_ENTRY(name, words) {#name, words},
 enum class ForwardAlgorithm : int32_t { FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM) };
 constexpr AlgorithmEntry kForwardEntries[] = {FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
+// The algorithm of forward and backward that needs no plan (csrc/ops/conv_pointwise.h).
+constexpr AlgorithmEntry kPointwise = {"pointwise",
+                                       "kernels of one pixel: contiguous images are multiplied as they lie"};
 constexpr int kForwardAlgorithms = sizeof(kForwardEntries) / sizeof(AlgorithmEntry);
 
 // The instruction set in use, as planning sees it.
