@@ -9,6 +9,7 @@ import torch
 from conv_cases import (
     CONV,
     FUSED,
+    RAW,
     RAW_ALGORITHM,
     RAW_BACKWARD,
     RAW_WITH_WINNERS,
@@ -100,6 +101,27 @@ class TestAlgorithms:
                 else:
                     with pytest.raises(RuntimeError, match="does not apply to this call"):
                         assert_gradients_of_winners(input, weight, arguments, algorithm)
+
+    # Kernels of one pixel: contiguous images are multiplied as they lie.
+    @pytest.mark.parametrize(
+        ("sizes", "outputs"),
+        [((2, 32, 20, 21), 70), ((3, 5, 17, 19), 29), ((2, 40, 9, 15), 3), ((5, 18, 133), 20), ((2, 3, 4, 5, 6), 17)],
+    )
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_pointwise(self, sizes: tuple[int, ...], outputs: int, threads: int, instruction_set: str) -> None:
+        dims = len(sizes) - 2
+        input, weight, bias = make(sizes, outputs, (1,) * dims)
+        arguments = geometry(dims, pool=1)
+        with using_threads(threads):
+            assert RAW_ALGORITHM(input, weight, bias, flat(arguments)) == ("pointwise", "pointwise")
+            assert_gradients_of_winners(input, weight, arguments)
+            input[0, 1, ..., 2] = torch.nan
+            input[1, 0, ..., 0] = torch.inf
+            output, winners = RAW_WITH_WINNERS(input, weight, bias, flat(arguments))
+            expected = CONV[dims](input, weight, bias).relu()
+            torch.testing.assert_close(output, expected, equal_nan=True)
+            assert torch.equal(winners == 255, output <= 0)
+            assert torch.equal(RAW(input, weight, bias, flat(arguments)).nan_to_num(), output.nan_to_num())
 
     def test_there_is_no_other(self) -> None:
         input, weight, _ = make((1, 2, 6, 6), 3, (3, 3))
