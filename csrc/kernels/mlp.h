@@ -49,7 +49,8 @@ struct MlpLayerBackward {
 
 // A product of matrices: output (rows, columns) = a b, added to what is there if `add`. Element (r, k) of `a` lies at
 // a[r * a_row + k * a_depth]. The rows of b (depth, columns) and of the output lie `b_row` and `output_row` apart.
-// A panel of columns is gone through before the next, or, if `rows_first`, a strip of rows.
+// The tiles of a panel of columns are computed one below the other before the next panel's; if `rows_first`, those of a
+// strip of rows side by side before the next strip's.
 template <class T>
 struct Product {
   int64_t rows, columns, depth;

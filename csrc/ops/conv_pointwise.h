@@ -1,5 +1,5 @@
 // Convolutions whose kernel is one pixel, of contiguous images, forward and backward: products of matrices with each
-// image as it lies, (channels, pixels), so that nothing is moved but for the weight's gradient.
+// image as it lies, (channels, pixels). Only for the weight's gradient is one of the two factors moved.
 #pragma once
 
 #include "conv_stock_backward.h"
@@ -30,31 +30,33 @@ class Pointwise {
                     [](float*, int64_t, int64_t) {});
   }
 
-  // The pixels of all images are cut into slices, and these into parts whose sums are made one by one. Neither depends
-  // on the number of threads.
+  // The pixels of all images are cut into slices, and these into parts, each of which has its own sums. Slices and
+  // parts do not depend on the number of threads. Where threads are more than parts, they share the rows of a part,
+  // too: each element of the sums is made in the same way for any number of them.
   void weight_gradient(const float* gradient, const float* input, float* grad_weight) const {
     constexpr int64_t kSlice = 128, kLeastSlices = 4, kMostParts = 8;
-    const int64_t of_image = divide_up(pixels_, kSlice), slices = images_ * of_image;
+    const int64_t in_image = divide_up(pixels_, kSlice), slices = images_ * in_image;
     const int64_t parts = std::min(kMostParts, std::max<int64_t>(1, slices / kLeastSlices));
-    // One factor is turned, so that its channels lie side by side: the one that has fewer, if they fill a vector.
-    const int64_t fewer = std::min(inputs_, outputs_);
-    const bool turns_input = (fewer < kLeastChannels) == (fewer != inputs_);
+    // One factor is turned, so that its channels lie side by side: the one that has fewer channels, unless these are
+    // too few to fill a vector.
+    const bool inputs_are_fewer = inputs_ <= outputs_, fills = std::min(inputs_, outputs_) >= kLeastChannels;
+    const bool turns_input = inputs_are_fewer == fills;
     const int64_t rows = turns_input ? outputs_ : inputs_, columns = turns_input ? inputs_ : outputs_;
     const float *const left = turns_input ? gradient : input, *const right = turns_input ? input : gradient;
     const double work = static_cast<double>(inputs_) * outputs_ * pixels_ * images_;
     const int64_t threads = useful_threads(work), splits = std::min(rows, divide_up(threads, parts));
     const int64_t size = checked_product(inputs_, outputs_);
-    const Scratch<float> sums(checked_product(parts, size)), turned(checked_product(parts * splits, kSlice * columns));
+    const int64_t items = parts * splits, chunks = std::min(threads, items), longest = std::min(kSlice, pixels_);
+    const Scratch<float> sums(checked_product(parts, size)), turned(checked_product(chunks * longest, columns));
     const auto& kernels = mlp_kernels().get<float>();
     const auto& elementwise = elementwise_kernels().get<float>();
-    const auto sum_part = [&](int64_t item) {
+    const auto sum_part = [&](int64_t item, float* side_by_side) {
       const int64_t part = item / splits, split = item % splits;
       const int64_t first_row = rows * split / splits, last_row = rows * (split + 1) / splits;
-      float* const side_by_side = turned.get() + item * kSlice * columns;
       const int64_t first = slices * part / parts, last = slices * (part + 1) / parts;
       for (int64_t slice = first; slice < last; ++slice) {
-        const int64_t image = slice / of_image, place = slice % of_image;
-        const int64_t start = pixels_ * place / of_image, count = pixels_ * (place + 1) / of_image - start;
+        const int64_t image = slice / in_image, place = slice % in_image;
+        const int64_t start = pixels_ * place / in_image, count = pixels_ * (place + 1) / in_image - start;
         elementwise.transpose(right + image * columns * pixels_ + start, pixels_, columns, count, side_by_side,
                               columns);
         kernels.multiply({last_row - first_row, columns, count, left + (image * rows + first_row) * pixels_ + start,
@@ -62,8 +64,8 @@ class Pointwise {
                           false, slice > first});
       }
     };
-    parallel_chunks(std::min(threads, parts * splits), parts * splits, [&](int64_t, int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item) sum_part(item);
+    parallel_chunks(chunks, items, [&](int64_t chunk, int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) sum_part(item, turned.get() + chunk * longest * columns);
     });
     sum_parts(sums.get(), parts, size, 1);
     if (turns_input) {
@@ -84,14 +86,14 @@ class Pointwise {
   void multiply_images(const Matrix<const float>& a, const float* bias, const float* input, float* output,
                        const Finish& finish) const {
     constexpr int64_t kElements = 1 << 14, kFewest = 128, kMost = 1024;  // of a run's input; of its pixels
-    const int64_t run = std::min(kMost, std::max(kFewest, kElements / a.columns / kFewest * kFewest));
-    const int64_t of_image = divide_up(pixels_, run), runs = images_ * of_image;
+    const int64_t run_pixels = std::min(kMost, std::max(kFewest, kElements / a.columns / kFewest * kFewest));
+    const int64_t in_image = divide_up(pixels_, run_pixels), runs = images_ * in_image;
     const double work = static_cast<double>(a.rows) * a.columns * pixels_ * images_;
     const int64_t threads = useful_threads(work), splits = std::min(a.rows, divide_up(threads, runs));
     const auto& kernels = mlp_kernels().get<float>();
     const auto multiply_run = [&](int64_t item) {
-      const int64_t image = item / splits / of_image, start = item / splits % of_image * run;
-      const int64_t count = std::min(run, pixels_ - start), split = item % splits;
+      const int64_t image = item / splits / in_image, start = item / splits % in_image * run_pixels;
+      const int64_t count = std::min(run_pixels, pixels_ - start), split = item % splits;
       const int64_t first = a.rows * split / splits, rows = a.rows * (split + 1) / splits - first;
       float* const to = output + (image * a.rows + first) * pixels_ + start;
       for (int64_t r = 0; bias && r < rows; ++r) std::fill_n(to + r * pixels_, count, bias[first + r]);
@@ -99,7 +101,8 @@ class Pointwise {
                         input + image * a.columns * pixels_ + start, pixels_, to, pixels_, true, bias != nullptr});
       for (int64_t r = 0; r < rows; ++r) finish(output, to - output + r * pixels_, count);
     };
-    parallel_chunks(std::min(threads, runs * splits), runs * splits, [&](int64_t, int64_t first, int64_t last) {
+    const int64_t items = runs * splits;
+    parallel_chunks(std::min(threads, items), items, [&](int64_t, int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) multiply_run(item);
     });
   }
@@ -107,8 +110,8 @@ class Pointwise {
   const int64_t images_, pixels_, inputs_, outputs_;
 };
 
-// Whether a convolution is computed so. torch moves what it multiplies, which takes little of its time where the weight
-// is large.
+// Whether a convolution is computed so. Where the weight is large, the copies that torch makes of what it multiplies
+// take little of its time. Few pixels leave a tile's vectors empty, and one channel is left to the algorithms for few.
 inline bool is_product_of_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
   constexpr int64_t kLeastPixels = 32;
   const ConvPoolGeometry& g = problem.geometry;
@@ -129,7 +132,8 @@ Tensor product_of_images(const ConvPoolProblem& problem, const Tensor& input, co
   return output;
 }
 
-// The weight's gradient is left empty where it is a single row: torch is faster there.
+// The gradients of a convolution that neither ReLU nor a pool follows. The weight's is left empty where the weight is a
+// single row, although it is wanted: torch is faster there.
 inline ConvGradients gradients_by_products(const ConvPoolGeometry& g, const Tensor& given_gradient, const Tensor& input,
                                            const Tensor& weight, const Wanted& wanted) {
   const Pointwise pointwise(g);

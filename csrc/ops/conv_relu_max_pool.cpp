@@ -18,8 +18,9 @@ void check_places(const char* op, const ConvPoolGeometry& g) {
                " elements, got ", places);
 }
 
-// Whether forward and backward are products of images as they lie. A weight of a single row is left to the planner.
-bool multiplies_images(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
+// Whether a call is computed as products of images, backward too. A weight of a single row is left to the planner,
+// since gradients_by_products does not give its gradient.
+bool is_by_products(const ConvPoolProblem& problem, const Tensor& input, const Tensor& weight) {
   return is_product_of_images(problem, input, weight) && problem.geometry.out_channels > 1;
 }
 
@@ -62,7 +63,7 @@ Tensor checked_forward(const char* op, const Tensor& given_input, const Tensor& 
     check_places(op, problem.geometry);
     *winners = new_formatted(sizes, ScalarType::Byte, channels_last);
   }
-  if (!algorithm && multiplies_images(problem, input, weight)) {
+  if (!algorithm && is_by_products(problem, input, weight)) {
     uint8_t* const places = winners ? mutable_data<uint8_t>(**winners) : nullptr;
     const auto& kernels = conv_kernels().get<float>();
     return product_of_images(problem, input, weight, bias, [&](float* made, int64_t first, int64_t count) {
@@ -119,7 +120,7 @@ std::tuple<std::string, std::string> conv_relu_max_pool_algorithm(const Tensor& 
     const ConvKernels<T>& kernels = conv_kernels().get<T>();
     const int64_t wanted = forward_algorithm<T>(op, algorithm, problem, is_channels_last(input));
     if (problem.geometry.batch == 0) return {"none", "none"};
-    if (!algorithm && multiplies_images(problem, input, weight)) return {kPointwise.name, kPointwise.name};
+    if (!algorithm && is_by_products(problem, input, weight)) return {kPointwise.name, kPointwise.name};
     const PlainImages images(input), weights(weight);
     const bool channels_last = output_is_channels_last(problem, input, weight);
     const PlanKey key = plan_key<T>(kernels, problem.geometry, images.channels_last, channels_last, wanted);
@@ -186,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     FASTNN_CHECK(kernels.winners_are_valid(g, call.winners, call.winners_layout), op,
                  ": winners has a place that its window doesn't have");
     if constexpr (std::is_same_v<T, float>) {
-      if (!algorithm && multiplies_images(problem, input, weight)) {
+      if (!algorithm && is_by_products(problem, input, weight)) {
         const Tensor masked = masked_gradient(kernels, dense(grad_output), dense(winners));
         ConvGradients made = gradients_by_products(g, masked, input, weight, wanted);
         gradients = empty_gradients(input, weight, {false, false, false});

@@ -227,9 +227,10 @@ std::tuple<Tensor, Tensor, Tensor> checked_convolution_backward(const Tensor& gr
 
 // The names of the algorithms of both, "stock" where they are torch's own. Where backward's gradients have an algorithm
 // each, these are the input's and the weight's.
-std::tuple<std::string, std::string> convolution_algorithm(const Tensor& input, const Tensor& weight,
+std::tuple<std::string, std::string> convolution_algorithm(const Tensor& given_input, const Tensor& given_weight,
                                                            const OptionalTensor& bias, const Ints& geometry) {
-  const ConvPoolProblem problem = check_convolution("convolution_algorithm", input, weight, bias, geometry);
+  const ConvPoolProblem problem = check_convolution("convolution_algorithm", given_input, given_weight, bias, geometry);
+  const Tensor input = in_memory(given_input), weight = in_memory(given_weight);
   if (problem.geometry.batch == 0) return {"none", "none"};
   if (is_product_of_images(problem, input, weight)) {
     const std::string name = kPointwise.name;

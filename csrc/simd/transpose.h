@@ -39,16 +39,17 @@ void transpose_few_rows(const From* from, int64_t from_stride, int64_t columns, 
   }
 }
 
-// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns, and 0 for rows <= r < height. If there are
-// many rows or columns, the last square overlaps the one before, so that it is a whole one.
+// to[place(c) + r] = from[r * from_stride + c] for r < rows, c < columns, and 0 for rows <= r < height. Of many
+// columns, the last square overlaps the one before, so that it is a whole one; likewise of many rows without zeros
+// below.
 template <class From, class To, class Place>
 FASTNN_INLINE void transpose_to_places(const From* from, int64_t from_stride, int64_t rows, int64_t height,
                                        int64_t columns, To* to, const Place& place) {
   using C = Compute<From>;
   constexpr int lanes = kLanes<C>;
   for (int64_t next_row = 0; next_row < height; next_row += lanes) {
-    const bool last_row = next_row > 0 && height - next_row < lanes && rows == height;
-    const int64_t r = last_row ? height - lanes : next_row, rows_left = rows - r, height_left = height - r;
+    const bool last_rows = next_row > 0 && height - next_row < lanes && rows == height;
+    const int64_t r = last_rows ? height - lanes : next_row, rows_left = rows - r, height_left = height - r;
     for (int64_t next = 0; next < columns; next += lanes) {
       const bool last = next > 0 && columns - next < lanes;
       const int64_t c = last ? columns - lanes : next, columns_left = columns - c;

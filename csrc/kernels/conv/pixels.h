@@ -121,8 +121,9 @@ class PixelsForward {
     const Inside rows = overlap(band_.input[1], plan_.band.input[1], g_.input[1]);
     if (are_joined && columns.first != joined_column_) {
       joined_column_ = columns.first;
-      for (int64_t i = 0; i < plan_.band.input[1] * count; ++i) {
-        places_in_slice_[i] = i / count * plan_.step[1] + places_in_row_[columns.first + i % count];
+      int64_t* next = places_in_slice_;
+      for (int64_t h = 0; h < plan_.band.input[1]; ++h) {
+        for (int64_t x = 0; x < count; ++x) *next++ = h * plan_.step[1] + places_in_row_[columns.first + x];
       }
     }
     for_each_input_row(g_, layout, plan_.band, band_, [&](int64_t d, int64_t h, bool is_inside, int64_t place) {
@@ -349,7 +350,7 @@ class PixelsForward {
   int64_t first_, count_;  // outputs of the block
   Inside zeroed_ = {-1, -1};
   int64_t zeroed_images_ = 0;
-  int64_t joined_column_ = -1;  // where the places in a slice begin in a row
+  int64_t joined_column_ = -1;  // of a row of the band: where the input begins that the places in a slice are for
 };
 
 template <class T>

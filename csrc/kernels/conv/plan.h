@@ -23,7 +23,7 @@ struct AlgorithmEntry {
 #define FASTNN_ALGORITHM_ENTRY(name, words) {#name, words},
 enum class ForwardAlgorithm : int32_t { FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM) };
 constexpr AlgorithmEntry kForwardEntries[] = {FASTNN_FOR_EACH_FORWARD_ALGORITHM(FASTNN_ALGORITHM_ENTRY)};
-// The algorithm of forward and backward that needs no plan (csrc/ops/conv_pointwise.h).
+// What the operators compute without a plan (csrc/ops/conv_pointwise.h), so that no call can ask for it by its name.
 constexpr AlgorithmEntry kPointwise = {"pointwise",
                                        "kernels of one pixel: contiguous images are multiplied as they lie"};
 constexpr int kForwardAlgorithms = sizeof(kForwardEntries) / sizeof(AlgorithmEntry);

@@ -20,8 +20,9 @@ class ImageWindow {
     images_ = images_wanted ? memory.take<E>(size) : nullptr;
     gradients_ = call.grad_input ? memory.take<C>(size) : nullptr;
     parts_ = call.grad_input && call.plan->in_parts ? memory.take<C>(size) : nullptr;
-    const int64_t rows = smaller(g_.input[1], plan_.axis == 1 ? plan_.slices : plan_.extent[1]);
-    rows_ = joins_rows() ? memory.take<C>(rows * g_.input[2] * plan_.lanes) : nullptr;
+    // The rows of a slice; where the window moves along the rows, those that it holds.
+    const int64_t rows = plan_.axis == 1 ? smaller(g_.input[1], plan_.slices) : g_.input[1];
+    rows_ = may_join_rows() ? memory.take<C>(rows * g_.input[2] * plan_.lanes) : nullptr;
   }
 
   // Goes along the axis over the conv pixels `pixels` of an image, for `channels` channels from `channel` on, and over
@@ -113,9 +114,11 @@ class ImageWindow {
     }
   }
 
-  // Whether rows that follow each other in a tensor may be transposed as one: a row much shorter than a vector would
-  // waste most of a transpose. (bfloat16 that stays so is ordered by rows.)
-  bool joins_rows() const { return __is_same(E, C) && plan_.axis < 2 && plan_.lanes > 1 && g_.input[2] < kLanes<C>; }
+  // Whether rows are so short that those that follow each other in a tensor are transposed as one: of a transpose for
+  // one row, most would be wasted. Windows of bfloat16 are ordered row by row (order_for_zip), so that they are left
+  // out.
+  bool may_join_rows() const { return __is_same(E, C) && plan_.axis < 2 && plan_.lanes > 1 && g_.input[2] < kLanes<C>; }
+  // Whether that is so, and the rows of this tensor follow each other.
   bool joins_rows(const ConvLayout& layout) const {
     return rows_ && layout.d[2] == 1 && layout.c != 1 && layout.d[1] == g_.input[2];
   }
