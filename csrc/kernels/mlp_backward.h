@@ -39,6 +39,7 @@ const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, i
   return buffer;
 }
 
+// Computes a product tile by tile.
 template <class T>
 void multiply(const Product<T>& p) {
   const int64_t m = p.rows, n = p.columns;

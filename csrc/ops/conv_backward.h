@@ -131,8 +131,9 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
   if (wanted.bias) kernels.store(bias_parts.get(), bias_size, mutable_data<T>(grad_bias));
 }
 
-// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Where
-// a channel's pixels lie together, at most `kLongest` of them are added up in T before double takes over.
+// The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Where a channel's pixels lie
+// together, at most `kLongest` of them are added up in T, and these sums in double, since errors grow with a sum's
+// length.
 template <class T>
 Tensor bias_gradient(const ConvPoolGeometry& g, const ConvLayout& layout, const T* gradient) {
   constexpr int64_t kLongest = 128;

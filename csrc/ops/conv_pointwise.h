@@ -35,7 +35,8 @@ class Pointwise {
   // too: each element of the sums is made in the same way for any number of them.
   void weight_gradient(const float* gradient, const float* input, float* grad_weight) const {
     constexpr int64_t kSlice = 128, kLeastSlices = 4, kMostParts = 8;
-    const int64_t in_image = divide_up(pixels_, kSlice), slices = images_ * in_image;
+    constexpr int64_t kLeastChannels = 16;  // the lanes of the widest vector
+    const int64_t in_image = planner::divide_up(pixels_, kSlice), slices = images_ * in_image;
     const int64_t parts = std::min(kMostParts, std::max<int64_t>(1, slices / kLeastSlices));
     // One factor is turned, so that its channels lie side by side: the one that has fewer channels, unless these are
     // too few to fill a vector.
@@ -44,7 +45,7 @@ class Pointwise {
     const int64_t rows = turns_input ? outputs_ : inputs_, columns = turns_input ? inputs_ : outputs_;
     const float *const left = turns_input ? gradient : input, *const right = turns_input ? input : gradient;
     const double work = static_cast<double>(inputs_) * outputs_ * pixels_ * images_;
-    const int64_t threads = useful_threads(work), splits = std::min(rows, divide_up(threads, parts));
+    const int64_t threads = useful_threads(work), splits = std::min(rows, planner::divide_up(threads, parts));
     const int64_t size = checked_product(inputs_, outputs_);
     const int64_t items = parts * splits, chunks = std::min(threads, items), longest = std::min(kSlice, pixels_);
     const Scratch<float> sums(checked_product(parts, size)), turned(checked_product(chunks * longest, columns));
@@ -76,10 +77,6 @@ class Pointwise {
   }
 
  private:
-  static constexpr int64_t kLeastChannels = 16;
-
-  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
   // output (a.rows, pixels) = a times input (a.columns, pixels), and the bias of each row, for each image. Images are
   // cut into runs of pixels whose input stays in the cache, and where threads are more than runs, into rows, too.
   template <class Finish>
@@ -87,9 +84,9 @@ class Pointwise {
                        const Finish& finish) const {
     constexpr int64_t kElements = 1 << 14, kFewest = 128, kMost = 1024;  // of a run's input; of its pixels
     const int64_t run_pixels = std::min(kMost, std::max(kFewest, kElements / a.columns / kFewest * kFewest));
-    const int64_t in_image = divide_up(pixels_, run_pixels), runs = images_ * in_image;
+    const int64_t in_image = planner::divide_up(pixels_, run_pixels), runs = images_ * in_image;
     const double work = static_cast<double>(a.rows) * a.columns * pixels_ * images_;
-    const int64_t threads = useful_threads(work), splits = std::min(a.rows, divide_up(threads, runs));
+    const int64_t threads = useful_threads(work), splits = std::min(a.rows, planner::divide_up(threads, runs));
     const auto& kernels = mlp_kernels().get<float>();
     const auto multiply_run = [&](int64_t item) {
       const int64_t image = item / splits / in_image, start = item / splits % in_image * run_pixels;
@@ -132,8 +129,8 @@ Tensor product_of_images(const ConvPoolProblem& problem, const Tensor& input, co
   return output;
 }
 
-// The gradients of a convolution that neither ReLU nor a pool follows. The weight's is left empty where the weight is a
-// single row, although it is wanted: torch is faster there.
+// The gradients that are wanted, from the gradient of the convolution's output. The weight's is left empty where the
+// weight is a single row: torch is faster there.
 inline ConvGradients gradients_by_products(const ConvPoolGeometry& g, const Tensor& given_gradient, const Tensor& input,
                                            const Tensor& weight, const Wanted& wanted) {
   const Pointwise pointwise(g);

@@ -1,7 +1,6 @@
 // A convolution that has no ReLU and no pool, for example because a batch norm follows: forward and backward. Training
 // steps call the functions; torch.ops.fastnn.convolution and convolution_backward are the same for a user's model.
 #include "../kernels/conv/machine.h"
-#include "../kernels/elementwise.h"
 #include "conv_input_gradient.h"
 #include "conv_pointwise.h"
 #include "conv_winograd_backward.h"

@@ -1,6 +1,6 @@
 """A convolution that neither ReLU nor a pool follows: by our kernels where they are faster (algorithms that multiply
-less, depthwise convolutions and narrow groups, signals, contiguous images of few channels, contiguous images and
-kernels of one pixel, float64), else torch's own.
+less, depthwise convolutions and narrow groups, signals, contiguous images of few channels or under kernels of one
+pixel, float64), else torch's own.
 
 In a model such a convolution stands before a batch norm that takes the statistics of its output, or before an addition.
 """
