@@ -47,6 +47,8 @@ class Batches:
             raise ValueError("epoch: a process group's shuffle needs a generator, in the same state in each process")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size should be a positive integer value, but got batch_size={batch_size}")
+        if not isinstance(drop_last, bool):
+            raise ValueError(f"drop_last should be a boolean value, but got drop_last={drop_last}")
         if self.rows == 0:
             raise ValueError("epoch: expected at least one row")
         self.batch_size = batch_size

@@ -1273,6 +1273,87 @@ def test_attention(dtype: torch.dtype) -> None:
         assert_close(frozen(x), model(x))
 
 
+class MaskedTransformer(nn.Module):
+    """An encoder, a decoder or both of torch's, whose mask no hint describes: torch compares the mask's numbers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        encoder, decoder = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+        self.kind = kind
+        self.register_buffer("table", nn.Transformer.generate_square_subsequent_mask(12))
+        if kind.startswith("encoder"):
+            self.layers: nn.Module = nn.TransformerEncoder(
+                encoder(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False
+            )
+        elif kind == "decoder":
+            self.layers = nn.TransformerDecoder(decoder(8, 2, 12, batch_first=True, norm_first=True), 2)
+        else:
+            self.layers = nn.Transformer(8, 2, 1, 1, 12, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        steps = x.size(1)
+        if self.kind == "encoder":
+            return self.out(
+                self.layers(x, nn.Transformer.generate_square_subsequent_mask(steps, dtype=x.dtype)) + memory
+            )
+        if self.kind == "encoder, mask of another kind":
+            near = torch.ones(steps, steps).triu(2).bool()
+            return self.out(self.layers(x, mask=near) + memory)
+        table = self.table[:steps, :steps]
+        if self.kind == "decoder":
+            return self.out(self.layers(x, memory, table))
+        return self.out(self.layers(memory, x, tgt_mask=table))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder, mask of another kind", "decoder", "transformer"])
+@torch.no_grad()
+def test_masks_that_no_hint_describes(kind: str) -> None:
+    torch.manual_seed(0)
+    model = MaskedTransformer(kind).double().eval()
+
+    def inputs(batch: int, steps: int) -> tuple[Tensor, Tensor]:
+        given = torch.randn(2, batch, steps, 8, dtype=torch.float64)
+        return given[0], given[1]
+
+    frozen = fastnn.freeze(model, inputs(3, 7))
+    if "encoder" not in kind:  # the mask is a part of a table
+        assert isinstance(frozen, fastnn.FrozenModel)
+    else:  # torch makes the mask, from sizes alone
+        assert len([module for module in frozen.modules() if isinstance(module, fastnn.FrozenModel)]) == 1
+    for batch, steps in ((3, 7), (1, 7), (5, 10)):
+        given = inputs(batch, steps)
+        assert_close(frozen(*given), model(*given), rtol=1e-9, atol=1e-9)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class WeightsFromSizes(nn.Module):
+    """What torch computes of sizes alone, of the input's and of a value's, is used in the middle of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv1d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        twos = torch.ones(y.size(2), dtype=y.dtype) * 2
+        later = (twos[:, None] * twos[None]).triu(1)
+        places = torch.arange(x.size(2) - 2, dtype=y.dtype)
+        near = 0.5 ** (places[:, None] - places[None]).abs()
+        return self.last(((y * twos) @ later + (y @ near) @ (twos[:, None] * twos).tril()).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_what_follows_from_sizes_alone() -> None:
+    torch.manual_seed(0)
+    model = WeightsFromSizes().double().eval()
+    frozen = fastnn.freeze(model, torch.randn(2, 3, 9, dtype=torch.float64))
+    assert len([module for module in frozen.modules() if isinstance(module, fastnn.FrozenModel)]) == 1
+    for sizes in ((2, 3, 9), (1, 3, 9), (5, 3, 6)):
+        x = torch.randn(sizes, dtype=torch.float64)
+        assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 class StepsFirst(nn.Module):
     """The transformer of PyTorch's tutorial: a table of positions, which limits the steps, and the steps first."""
 

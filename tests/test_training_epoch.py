@@ -144,6 +144,8 @@ def test_what_is_no_data() -> None:
     for bad in ((x, y[:3], 2), (x[:0], y[:0], 2), (x, y, 0), (x, y, -1), (x, y, True), (x, torch.tensor(1.0), 2)):
         with pytest.raises(ValueError, match=r"rows|row|batch_size"):
             step.epoch(*bad)
+    with pytest.raises(ValueError, match="drop_last should be a boolean value, but got drop_last=0"):
+        step.epoch(x, y, 2, drop_last=0)
     for other in (([1, 2], y, 2), (x, "y", 2), ((), y, 2)):
         with pytest.raises(TypeError, match="expected"):
             step.epoch(*other)

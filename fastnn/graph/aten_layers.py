@@ -45,7 +45,7 @@ RANGES = (_aten.arange.default, _aten.arange.start)  # the operators that give n
 
 class Reader:
     """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes.
-    outside: nodes of booleans that torch runs. The others are values that are 1 and 0, `booleans`, which only layers
+    outside: nodes that torch runs. The others of booleans are values that are 1 and 0, `booleans`, which only layers
     that take masks may see."""
 
     def __init__(self, graph: Graph, constants: dict[str, Tensor], outside: Collection[Node] = ()) -> None:
@@ -75,6 +75,8 @@ class Reader:
         result = node.meta.get("val")
         self._gives_booleans = isinstance(result, Tensor) and result.dtype == torch.bool
         self._moves_booleans = self._gives_booleans and node.target in _MOVES
+        if node in self.outside and not self._gives_booleans:
+            raise NotALayerError("is needed outside of all networks")
         is_refused = node in self.outside or not all(_takes_booleans(user, node) for user in node.users)
         if isinstance(result, Tensor) and result.dtype != self.dtype and (is_refused or not self._gives_booleans):
             raise NotALayerError(f"gives {result.dtype}")

@@ -8,9 +8,10 @@ import contextlib
 import inspect
 import io
 import linecache
+import operator
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,13 @@ def _split(
     while True:
         try:
             return _split_with(graph, constants, limits, ranges, outside)
-        except _BooleansAreNeededError as needed:
+        except _NeededOutsideError as needed:
             outside.update(needed.nodes)
 
 
-class _BooleansAreNeededError(Exception):
-    """Torch, or another network, takes booleans that a network has read as 1 and 0."""
+class _NeededOutsideError(Exception):
+    """Torch, or another network, takes booleans that a network has read as 1 and 0; or torch takes what follows from
+    sizes alone, as a mask of later steps does, and what torch computes of it is a border unless it runs first."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
@@ -176,19 +178,27 @@ def _split_with(
     taken: dict[int, list[Node]] = {}
     units: list[Segment | Node] = []
     first: set[Node] = set()  # borders that no layer comes before: they run before all networks
+    from_sizes: set[Node] = set()  # tensors that no number of the inputs has a part in
     for node in graph.nodes:
         if node.op != "call_function" or node.name in constants:
             continue
+        if node.users and all(user.name in constants for user in node.users):  # it is the parts of a constant
+            continue
         depends_on = [one for one in node.all_input_nodes if one.name not in constants]
         before = max((levels.get(one, 0) for one in depends_on), default=0)
+        is_tensor = isinstance(node.meta.get("val"), Tensor)
+        tensors = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
+        if is_tensor and all(one in from_sizes for one in tensors):
+            from_sizes.add(node)
         try:
             if not depends_on and node.target not in RANGES:
                 raise NotALayerError("does not depend on the input")
             found = reader.read(node)
         except NotALayerError as reason:
-            if booleans := [one for one in depends_on if reader.values.get(one) in reader.booleans]:
-                raise _BooleansAreNeededError(booleans) from reason
-            is_tensor = isinstance(node.meta.get("val"), Tensor)
+            read = [one for one in depends_on if one in reader.values]
+            by_network = {one for one in from_sizes if one not in units}
+            if needed := [one for one in read if reader.values[one] in reader.booleans or one in by_network]:
+                raise _NeededOutsideError(needed) from reason
             if is_tensor:
                 refusals.append(_refusal(node, str(reason)))
             if all(one.op == "placeholder" or one in first for one in depends_on):
@@ -260,7 +270,7 @@ def _segment(
         and (reader.values[node] in elsewhere or any(user not in nodes for user in node.users))
     ]
     if booleans := [node for node in outputs if reader.values[node] in reader.booleans]:
-        raise _BooleansAreNeededError(booleans)
+        raise _NeededOutsideError(booleans)
     results = [reader.values[node] for node in outputs]
     rewritten = rewrite(lines, results)
     made = {value for line in rewritten for value in line.outputs}
@@ -316,21 +326,21 @@ def _drop_copies(graph: Graph) -> None:
 
 def _draws(node: Node) -> bool:
     """Whether a node draws random numbers."""
-    operator = node.target
-    return isinstance(operator, OpOverload) and torch.Tag.nondeterministic_seeded in operator.tags
+    target = node.target
+    return isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _fold_constants(graph: Graph, constants: dict[str, Tensor]) -> None:
     """Computes what depends on constants alone, such as weights with a batch norm folded in."""
-    by_node = {node: constants[node.name] for node in graph.nodes if node.name in constants}
+    by_node: dict[Node, Any] = {node: constants[node.name] for node in graph.nodes if node.name in constants}
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or not all(one in by_node for one in inputs):
             continue
-        if not isinstance(node.target, OpOverload) or _draws(node):
+        if not (isinstance(node.target, OpOverload) or node.target is operator.getitem) or _draws(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), by_node.__getitem__)
-        value = node.target(*args, **kwargs)
+        value = by_node[node] = node.target(*args, **kwargs)
         if isinstance(value, Tensor):
             by_node[node] = constants[node.name] = value.detach()
 
@@ -342,7 +352,8 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
     nested = pytree.tree_unflatten([dict.fromkeys(dims, Dim.AUTO) for dims in free], spec)
     sizes = inspect.signature(model.forward).bind(*nested).arguments
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch writes a graph that failed there
+        # (torch writes a graph that failed to the standard error.)
+        with contextlib.redirect_stderr(io.StringIO()), _no_search_for_causal_masks(model):
             exported = torch.export.export(model, inputs, dynamic_shapes=dict(sizes), strict=False)
         if any(node.op == "call_function" and node.is_impure() for node in exported.graph.nodes):
             with warnings.catch_warnings():  # torch's own, about its own code
@@ -357,6 +368,27 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
     if changed:
         raise ValueError(f"freeze: {type(model).__name__} changes {', '.join(changed)} in place, at every call")
     return exported
+
+
+@contextlib.contextmanager
+def _no_search_for_causal_masks(model: nn.Module) -> Iterator[None]:
+    """torch's encoders and decoders compare a mask's numbers with a causal one's, unless a hint tells them what it is,
+    and no graph can hold what depends on numbers. Here the hint says that the mask is not causal, so that an attention
+    adds it to its scores, whatever it is: with a causal mask, too, the results are the same."""
+    hints: dict[Any, str] = {nn.TransformerEncoder.forward: "is_causal", nn.TransformerDecoder.forward: "tgt_is_causal"}
+
+    def hint(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = inspect.signature(module.forward).bind(*args, **keywords)
+        name = hints[type(module).forward]
+        if given.arguments.get(name) is None:
+            given.arguments[name] = False
+        return given.args, given.kwargs
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if type(module).forward in hints:
+                hooks.enter_context(module.register_forward_pre_hook(hint, with_kwargs=True))
+        yield
 
 
 # Where torch's own code and ours lie. (A folder of the user's may be called "fastnn", too.)
