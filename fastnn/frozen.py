@@ -36,10 +36,11 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     Args:
         model: float32 or float64, on the CPU. It is not changed, and later changes of it do not reach the frozen model.
         example_input: (batch, ...), or a tuple of a model's inputs, which may be tuples, lists and dicts of tensors
-            themselves, as an LSTM's state. The batch is dimension 0 of each input, or dimension 1, as of a state. The
-            frozen model takes any batch size, and is fastest for sizes like these. It takes other sizes in further
-            dimensions (lengths, heights) where the model does, and does with them what it does with the example's:
-            one that enlarges images to the size of another, for one, keeps to the example's sizes.
+            themselves, as an LSTM's state. The batch is dimension 0 of each input, or dimension 1, as of a state;
+            inputs but the first may have none, as a mask (steps, steps). The frozen model takes any batch size, and is
+            fastest for sizes like these. It takes other sizes in further dimensions (lengths, heights) where the model
+            does, and does with them what it does with the example's: one that enlarges images to the size of another,
+            for one, keeps to the example's sizes.
 
     Raises:
         ValueError: there is nothing to freeze, or the model does something that cannot be captured; the message names
@@ -69,21 +70,25 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
         # the run fails, another dimension may be the batch.
-        for last_try, batch_dims in _tries(model, leaves):
-            is_single = any(leaf.shape[dim] == 1 for leaf, dim in zip(leaves, batch_dims, strict=True))
+        refusal: ValueError | None = None
+        for batch_dims in _tries(model, leaves):
+            with_dims = list(zip(leaves, batch_dims, strict=True))
+            is_single = any(dim is not None and leaf.shape[dim] == 1 for leaf, dim in with_dims)
             # torch.export would treat a batch size of one as a constant.
-            doubled = [torch.cat([leaf, leaf], dim) for leaf, dim in zip(leaves, batch_dims, strict=True)]
-            first = [leaf.narrow(dim, 0, 1) for leaf, dim in zip(leaves, batch_dims, strict=True)]
+            doubled = [leaf if dim is None else torch.cat([leaf, leaf], dim) for leaf, dim in with_dims]
+            first = [leaf if dim is None else leaf.narrow(dim, 0, 1) for leaf, dim in with_dims]
             other = pytree.tree_unflatten(doubled if is_single else first, spec)
             again()
             try:
                 expected_of_other = as_it_is()(*cloned(other))
                 break
             except Exception as error:  # the model's own Python may refuse a batch in any words
-                if last_try:
-                    raise ValueError(
-                        _words_of_batch(model, leaves, first if not is_single else doubled, error)
-                    ) from error
+                if refusal is None or None not in batch_dims:
+                    refusal = ValueError(_words_of_batch(model, leaves, first if not is_single else doubled, error))
+                    refusal.__cause__ = error
+        else:
+            assert refusal is not None
+            raise refusal
         given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
         fixed: set[tuple[int, int]] = set()
         while True:
@@ -142,26 +147,31 @@ def _find_dependence(
 _export_lock = threading.RLock()  # torch.export keeps its state in globals, which two threads would mix up
 
 
-def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[tuple[bool, list[int]]]:
-    """Yields guesses which dimension of each input is the batch, the likely guesses first, each with whether it is the
-    last one.
+def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[list[int | None]]:
+    """Yields guesses which dimension of each input is the batch, the likely guesses first.
 
     The batch is dimension 0 of all inputs; or dimension 0 of the first and dimension 1 of some others, which may be
     states; or dimension 1 of all, where the model has layers whose inputs have the steps first. If one of these is an
     attention, dimension 1 is tried first: a table of positions often limits the steps, and so they cannot be the
-    batch."""
+    batch. Where no such guess is right, inputs but the first that are of another size there have no batch (None), nor,
+    at last, have those that may be a mask (steps, steps)."""
     batch = leaves[0].shape[0]
     may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
-    tries = sorted(([0, *dims] for dims in product(*choices)), key=sum)
-    if all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
-        steps_first = [one for one in model.modules() if getattr(one, "batch_first", None) is False]
-        if any(isinstance(one, torch.nn.MultiheadAttention) for one in steps_first):
-            tries.insert(0, [1] * len(leaves))
-        elif any(isinstance(one, torch.nn.RNNBase) for one in steps_first):
-            tries.append([1] * len(leaves))
-    for place, dims in enumerate(tries):
-        yield place + 1 == len(tries), dims
+    tries: list[list[int | None]] = [[0, *dims] for dims in sorted(product(*choices), key=sum)]
+    steps_first = [one for one in model.modules() if getattr(one, "batch_first", None) is False]
+    attends = any(isinstance(one, torch.nn.MultiheadAttention) for one in steps_first)
+    may_be_first = [0]
+    if leaves[0].dim() > 1 and (attends or any(isinstance(one, torch.nn.RNNBase) for one in steps_first)):
+        may_be_first = [1, 0] if attends else [0, 1]
+        if all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
+            tries.insert(0 if attends else len(tries), [1] * len(leaves))
+    for dim in may_be_first:
+        fits = [leaf.dim() > dim and leaf.shape[dim] == leaves[0].shape[dim] for leaf in leaves[1:]]
+        may_be_mask = [leaf.dim() == 2 and leaf.shape[0] == leaf.shape[1] for leaf in leaves[1:]]
+        tries.append([dim, *(dim if fit else None for fit in fits)])
+        tries.append([dim, *(dim if fit and not mask else None for fit, mask in zip(fits, may_be_mask, strict=True))])
+    yield from (dims for place, dims in enumerate(tries) if dims not in tries[:place])
 
 
 _MOST_GUESSED = 5  # inputs of which both dimensions are tried

@@ -1327,6 +1327,38 @@ def test_masks_that_no_hint_describes(kind: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class MaskIsAnInput(nn.Module):
+    """The transformer of PyTorch's tutorial, to which the mask of later steps, without a batch, is given."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.out(self.encoder(x, mask))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("steps", "batch"), [(7, 3), (4, 4), (5, 1)])
+@torch.no_grad()
+def test_a_mask_that_has_no_batch(batch_first: bool, steps: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model = MaskIsAnInput(batch_first=batch_first).double().eval()
+
+    def inputs(steps: int, batch: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(*((batch, steps) if batch_first else (steps, batch)), 8, dtype=torch.float64)
+        return x, nn.Transformer.generate_square_subsequent_mask(steps, dtype=torch.float64)
+
+    frozen = fastnn.freeze(model, inputs(steps, batch))
+    assert isinstance(frozen, fastnn.FrozenModel)
+    for sizes in ((steps, batch), (steps, 1), (steps, 6), (steps + 2, batch)):
+        given = inputs(*sizes)
+        assert_close(frozen(*given), model(*given), rtol=1e-9, atol=1e-9)
+    with pytest.raises((RuntimeError, ValueError)):
+        frozen(inputs(steps, batch)[0], inputs(steps + 1, batch)[1])
+
+
 class WeightsFromSizes(nn.Module):
     """What torch computes of sizes alone, of the input's and of a value's, is used in the middle of the model."""
 

@@ -73,11 +73,11 @@ class Exported:
 
 
 def read(
-    model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int], fixed: Collection[tuple[int, int]] = ()
+    model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int | None], fixed: Collection[tuple[int, int]] = ()
 ) -> Exported:
     """Reads ``model`` for inputs of any batch size. `inputs` may be nested; their batch size is two or more.
-    `batch_dims` has the batch's dimension for each tensor in them. fixed: the tensors and dimensions whose size stays
-    that of the example."""
+    `batch_dims` has the batch's dimension for each tensor in them, None for one without a batch. fixed: the tensors and
+    dimensions whose size stays that of the example."""
     leaves = pytree.tree_leaves(inputs)
     # (A size of 1 is always taken for a constant.)
     free = [
@@ -92,7 +92,7 @@ def read(
         first = None
     # For example, ``view(-1, 320)`` flattens images of one size only.
     try:
-        other = _read(model, inputs, batch_dims, [[dim] for dim in batch_dims])
+        other = _read(model, inputs, batch_dims, [[] if dim is None else [dim] for dim in batch_dims])
     except ValueError:
         if first is None:
             raise
@@ -101,7 +101,7 @@ def read(
 
 
 def _read(
-    model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int], free: Sequence[Sequence[int]]
+    model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int | None], free: Sequence[Sequence[int]]
 ) -> Exported:
     """Reads the model for the example's sizes in all dimensions that are not ``free``."""
     exported = _export(model, inputs, free)
@@ -116,7 +116,8 @@ def _read(
     by_name = {node.name: node for node in graph.nodes}
     placeholders = [by_name[name] for name in exported.graph_signature.user_inputs]
     ranges = _ranges(exported)
-    batches = [_sizes(input)[dim] for input, dim in zip(placeholders, batch_dims, strict=True)]
+    with_dims = zip(placeholders, batch_dims, strict=True)
+    batches = [_sizes(input)[dim] for input, dim in with_dims if dim is not None]
     if any(ranges.get(str(batch)) != _NO_LIMITS for batch in batches):
         raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
     _drop_copies(graph)
