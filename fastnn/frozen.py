@@ -16,7 +16,7 @@ from torch.fx import Node
 from fastnn import nn
 from fastnn._torch import OpOverload, direct_call, pytree
 from fastnn.fusion import fuse
-from fastnn.graph.exported import VIEWS, Exported, Segment, read
+from fastnn.graph.exported import VIEWS, DependsOnBatchError, Exported, Segment, read
 from fastnn.graph.rehearsal import cloned, copied, leaving_no_trace
 from fastnn.ops._autograd import autocast_is_on
 from fastnn.ops.network import network_of_one, network_op, pack_network
@@ -81,30 +81,32 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             again()
             try:
                 expected_of_other = as_it_is()(*cloned(other))
-                break
             except Exception as error:  # the model's own Python may refuse a batch in any words
-                if refusal is None or None not in batch_dims:
+                if refusal is None or not (None in batch_dims or isinstance(refusal, DependsOnBatchError)):
                     refusal = ValueError(_words_of_batch(model, leaves, first if not is_single else doubled, error))
                     refusal.__cause__ = error
-        else:
-            assert refusal is not None
-            raise refusal
-        given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
-        fixed: set[tuple[int, int]] = set()
-        while True:
-            with _export_lock:
-                exported = read(as_it_is(), given, batch_dims, fixed)
-            frozen = _build(model, exported, leaves, spec)
-            for some, wanted in ((inputs, expected), (other, expected_of_other)):
-                again()
-                _compare(frozen, some, wanted, in_double, exported.draws)
-            found = _find_dependence(as_it_is, in_double, frozen, exported.ranges, leaves, spec, again)
-            if found is None:
-                return frozen
-            place, dim = found
-            if dim == batch_dims[place]:
-                raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
-            fixed.add(found)
+                continue
+            given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
+            fixed: set[tuple[int, int]] = set()
+            try:
+                while True:
+                    with _export_lock:
+                        exported = read(as_it_is(), given, batch_dims, fixed)
+                    frozen = _build(model, exported, leaves, spec)
+                    for some, wanted in ((inputs, expected), (other, expected_of_other)):
+                        again()
+                        _compare(frozen, some, wanted, in_double, exported.draws)
+                    found = _find_dependence(as_it_is, in_double, frozen, exported.ranges, leaves, spec, again)
+                    if found is None:
+                        return frozen
+                    place, dim = found
+                    if dim == batch_dims[place]:
+                        raise DependsOnBatchError(model)
+                    fixed.add(found)
+            except DependsOnBatchError as error:
+                refusal = error
+        assert refusal is not None
+        raise refusal
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -153,8 +155,8 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[list[int | No
     The batch is dimension 0 of all inputs; or dimension 0 of the first and dimension 1 of some others, which may be
     states; or dimension 1 of all, where the model has layers whose inputs have the steps first. If one of these is an
     attention, dimension 1 is tried first: a table of positions often limits the steps, and so they cannot be the
-    batch. Where no such guess is right, inputs but the first that are of another size there have no batch (None), nor,
-    at last, have those that may be a mask (steps, steps)."""
+    batch. Where no such guess is right, the batch of each further input is where its size is the batch's; it has none
+    (None) where there is no such size, and may have none if it may be a mask (steps, steps)."""
     batch = leaves[0].shape[0]
     may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
@@ -167,10 +169,13 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[list[int | No
         if all(leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[1] for leaf in leaves):
             tries.insert(0 if attends else len(tries), [1] * len(leaves))
     for dim in may_be_first:
-        fits = [leaf.dim() > dim and leaf.shape[dim] == leaves[0].shape[dim] for leaf in leaves[1:]]
-        may_be_mask = [leaf.dim() == 2 and leaf.shape[0] == leaf.shape[1] for leaf in leaves[1:]]
-        tries.append([dim, *(dim if fit else None for fit in fits)])
-        tries.append([dim, *(dim if fit and not mask else None for fit, mask in zip(fits, may_be_mask, strict=True))])
+        batch = leaves[0].shape[dim]
+        guesses: list[list[int | None]] = []
+        for place, leaf in enumerate(leaves[1:]):
+            found = next((one for one in (dim, 1 - dim) if leaf.dim() > one and leaf.shape[one] == batch), None)
+            may_be_mask = leaf.dim() == 2 and leaf.shape[0] == leaf.shape[1] and place < _MOST_GUESSED
+            guesses.append([found, None] if may_be_mask else [found])
+        tries += [[dim, *dims] for dims in product(*guesses)]
     yield from (dims for place, dims in enumerate(tries) if dims not in tries[:place])
 
 
@@ -178,10 +183,10 @@ _MOST_GUESSED = 5  # inputs of which both dimensions are tried
 
 
 def _words_of_batch(model: nn.Module, leaves: Sequence[Tensor], other: Sequence[Tensor], error: Exception) -> str:
-    sizes = " and ".join(str(tuple(input.shape)) for input in leaves)
+    sizes, others = (" and ".join(str(tuple(input.shape)) for input in some) for some in (leaves, other))
     return (
         f"freeze: what {type(model).__name__} does depends on the batch's size, which is dimension 0 or 1 of each "
-        f"input: it takes {sizes}, but of {' and '.join(str(tuple(input.shape)) for input in other)} it says: {error}"
+        f"input that has one: it takes {sizes}, but of {others} it says: {error}"
     )
 
 

@@ -1359,6 +1359,84 @@ def test_a_mask_that_has_no_batch(batch_first: bool, steps: int, batch: int) -> 
         frozen(inputs(steps, batch)[0], inputs(steps + 1, batch)[1])
 
 
+class Translates(nn.Module):
+    """The steps come first, the batch comes first in the mask of padding, and the mask of steps has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Transformer(8, 2, 1, 1, 12)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
+        return self.layers(x, y, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@torch.no_grad()
+def test_masks_of_steps_and_of_padding() -> None:
+    torch.manual_seed(0)
+    model = Translates().double().eval()
+
+    def inputs(steps: int, batch: int) -> tuple[Tensor, ...]:
+        x, y = torch.randn(5, batch, 8, dtype=torch.float64), torch.randn(steps, batch, 8, dtype=torch.float64)
+        padding = torch.zeros(batch, 5, dtype=torch.bool)
+        padding[-1, 3:] = True
+        return x, y, torch.ones(steps, steps).triu(1).bool(), padding
+
+    frozen = fastnn.freeze(model, inputs(4, 3))
+    for sizes in ((4, 3), (4, 1), (4, 6), (7, 2)):
+        given = inputs(*sizes)
+        assert_close(frozen(*given), model(*given), rtol=1e-9, atol=1e-9)
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.places = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.layer(x + self.places) if x.dim() == 3 else self.layer(x)
+        return torch.softmax(y @ y.mT + other, -1) @ y if other.dim() == 2 else y * other
+
+
+@pytest.mark.parametrize(("sizes", "other"), [((3, 6), (6,)), ((3, 5, 6), (5, 5)), ((5, 5, 6), (5, 5))])
+@torch.no_grad()
+def test_an_input_without_a_batch_that_may_be_narrowed(sizes: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """One row of the second input is broadcast, so that the model takes it for a batch of one, too."""
+    torch.manual_seed(0)
+    model, second = Scales().double().eval(), torch.randn(other, dtype=torch.float64)
+    frozen = fastnn.freeze(model, (torch.randn(sizes, dtype=torch.float64), second))
+    for batch in (sizes[0], 1, 7):
+        x = torch.randn(batch, *sizes[1:], dtype=torch.float64)
+        assert_close(frozen(x, second), model(x, second), rtol=1e-9, atol=1e-9)
+
+
+class TakesParts(nn.Module):
+    """Torch runs an operator on one of several results that a network has."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer, self.rnn = kind, nn.Linear(6, 6), nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "chunk":
+            return torch.logcumsumexp(self.layer(x).chunk(2, -1)[0], 1)
+        if self.kind == "unbind":
+            return torch.sort(self.layer(x).unbind(1)[0], -1)[0]
+        return self.layer(self.rnn(x)[0].topk(2, dim=1)[0].sum(1))
+
+
+@pytest.mark.parametrize("kind", ["chunk", "unbind", "rnn"])
+@torch.no_grad()
+def test_torch_takes_one_of_several_results(kind: str) -> None:
+    torch.manual_seed(0)
+    model = TakesParts(kind).double().eval()
+    frozen = fastnn.freeze(model, torch.randn(3, 5, 6, dtype=torch.float64))
+    for batch in (3, 1, 4):
+        x = torch.randn(batch, 5, 6, dtype=torch.float64)
+        assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
 class WeightsFromSizes(nn.Module):
     """What torch computes of sizes alone, of the input's and of a value's, is used in the middle of the model."""
 

@@ -72,6 +72,13 @@ class Exported:
         )
 
 
+class DependsOnBatchError(ValueError):
+    """What the model does depends on the batch's size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(f"freeze: what {type(model).__name__} does depends on the batch's size")
+
+
 def read(
     model: nn.Module, inputs: tuple[Any, ...], batch_dims: Sequence[int | None], fixed: Collection[tuple[int, int]] = ()
 ) -> Exported:
@@ -119,7 +126,7 @@ def _read(
     with_dims = zip(placeholders, batch_dims, strict=True)
     batches = [_sizes(input)[dim] for input, dim in with_dims if dim is not None]
     if any(ranges.get(str(batch)) != _NO_LIMITS for batch in batches):
-        raise ValueError(f"freeze: what {type(model).__name__} does depends on the batch's size")
+        raise DependsOnBatchError(model)
     _drop_copies(graph)
     _fold_constants(graph, constants)
     (outputs,) = graph.output_node().args
@@ -179,7 +186,7 @@ def _split_with(
     taken: dict[int, list[Node]] = {}
     units: list[Segment | Node] = []
     first: set[Node] = set()  # borders that no layer comes before: they run before all networks
-    from_sizes: set[Node] = set()  # tensors that no number of the inputs has a part in
+    from_sizes: set[Node] = set()  # tensors that follow from sizes and from nothing else that a node gives
     for node in graph.nodes:
         if node.op != "call_function" or node.name in constants:
             continue
@@ -188,8 +195,8 @@ def _split_with(
         depends_on = [one for one in node.all_input_nodes if one.name not in constants]
         before = max((levels.get(one, 0) for one in depends_on), default=0)
         is_tensor = isinstance(node.meta.get("val"), Tensor)
-        tensors = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
-        if is_tensor and all(one in from_sizes for one in tensors):
+        given = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), (Tensor, list, tuple))]
+        if is_tensor and all(one in from_sizes for one in given):
             from_sizes.add(node)
         try:
             if not depends_on and node.target not in RANGES:
