@@ -103,6 +103,16 @@ def statically_known_true(value: Any) -> bool:
     return bool(getattr(module, "statically_known_true", bool)(value))
 
 
+def guard_of_sizes(exported: Any) -> Callable[..., Any] | None:
+    """What an exported model asks of the sizes of its inputs where it compares one with another: a function of all
+    input tensors that raises an AssertionError for others. None where it compares none, or where torch has no such
+    function: then a model that does something else for batches larger than another size is not noticed."""
+    if not getattr(exported, "_guards_code", True):
+        return None
+    guard: Callable[..., Any] | None = getattr(exported.module(), "_guards_fn", None)
+    return guard
+
+
 # ---- what the build and the machine have -----------------------------------------------------------------------------
 
 operator_names: Callable[[], list[str]] = _private("_C._dispatch_get_all_op_names", list)

@@ -1411,6 +1411,37 @@ def test_an_input_without_a_batch_that_may_be_narrowed(sizes: tuple[int, ...], o
         assert_close(frozen(x, second), model(x, second), rtol=1e-9, atol=1e-9)
 
 
+class Compares(nn.Module):
+    """What the model does depends on how the batch's size compares with another size."""
+
+    def __init__(self, with_its_own: bool) -> None:
+        super().__init__()
+        self.layer, self.with_its_own = nn.Linear(6, 6), with_its_own
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.layer(x)
+        limit = x.shape[1] if self.with_its_own else other.shape[0]
+        return y * 2 + other.sum() if x.shape[0] < limit else y
+
+
+class Repeats(Compares):
+    """The second input has a whole number of rows for each of the batch, which is no such dependence."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.layer(x).repeat_interleave(other.shape[0] // x.shape[0], 0) + other
+
+
+@torch.no_grad()
+def test_a_batch_that_is_compared_with_another_size() -> None:
+    for with_its_own in (True, False):
+        with pytest.raises(ValueError, match="depends on the batch's size"):
+            fastnn.freeze(Compares(with_its_own).eval(), (torch.randn(3, 7, 6), torch.randn(5, 6)))
+    model = Repeats(True).double().eval()
+    frozen = fastnn.freeze(model, (torch.randn(4, 6).double(), torch.randn(8, 6).double()))
+    given = torch.randn(3, 6).double(), torch.randn(6, 6).double()
+    assert_close(frozen(*given), model(*given), rtol=1e-9, atol=1e-9)
+
+
 class TakesParts(nn.Module):
     """Torch runs an operator on one of several results that a network has."""
 

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import io
 import linecache
+import math
 import operator
 import os
 import warnings
@@ -22,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fastnn._torch import OpOverload, pytree
+from fastnn._torch import OpOverload, guard_of_sizes, pytree
 from fastnn.graph.aten_layers import ANCHORS, RANGES, NotALayerError, Reader
 from fastnn.graph.rewriting import rewrite
 from fastnn.network_program import Line, Value, write
@@ -127,6 +128,7 @@ def _read(
     batches = [_sizes(input)[dim] for input, dim in with_dims if dim is not None]
     if any(ranges.get(str(batch)) != _NO_LIMITS for batch in batches):
         raise DependsOnBatchError(model)
+    _check_large_batches(model, exported, pytree.tree_leaves(inputs), batch_dims)
     _drop_copies(graph)
     _fold_constants(graph, constants)
     (outputs,) = graph.output_node().args
@@ -145,6 +147,31 @@ def _bounds(size: Any, ranges: dict[str, tuple[int, int]], known: int) -> tuple[
     """The least and the most that a size may be, 0 for no limit. The size is a number, a symbol of the export, or
     computed from such. A symbol without a range in the export has the example's size, `known`."""
     return (size, size) if isinstance(size, int) else ranges.get(str(size), (known, known))
+
+
+def _check_large_batches(
+    model: nn.Module, exported: ExportedProgram, leaves: Sequence[Tensor], batch_dims: Sequence[int | None]
+) -> None:
+    """Refuses a model that does something else for batches that are larger than all other sizes. (The limits that a
+    comparison with a number sets are known already.) The inputs for this take no memory, however large they are."""
+    guard = guard_of_sizes(exported)
+    if guard is None:
+        return
+    with_dims = list(zip(leaves, batch_dims, strict=True))
+    batch = math.gcd(*(leaf.shape[dim] for leaf, dim in with_dims if dim is not None))
+    larger = max(size for leaf in leaves for size in leaf.shape) + 1
+    for other in (larger, larger + 1):  # of which one is odd
+        given = []
+        for leaf, dim in with_dims:
+            sizes = list(leaf.shape)
+            if dim is not None:
+                sizes[dim] = sizes[dim] // batch * other  # an input may have several rows for each of the batch
+                leaf = leaf.narrow(dim, 0, 1)
+            given.append(leaf.expand(sizes))
+        try:
+            guard(*given)
+        except AssertionError as error:
+            raise DependsOnBatchError(model) from error
 
 
 def _split(
