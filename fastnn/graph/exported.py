@@ -230,9 +230,9 @@ def _split_with(
                 raise NotALayerError("does not depend on the input")
             found = reader.read(node)
         except NotALayerError as reason:
-            read = [one for one in depends_on if one in reader.values]
+            known = [one for one in depends_on if one in reader.values]
             by_network = {one for one in from_sizes if one not in units}
-            if needed := [one for one in read if reader.values[one] in reader.booleans or one in by_network]:
+            if needed := [one for one in known if reader.values[one] in reader.booleans or one in by_network]:
                 raise _NeededOutsideError(needed) from reason
             if is_tensor:
                 refusals.append(_refusal(node, str(reason)))
