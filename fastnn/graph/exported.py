@@ -160,7 +160,8 @@ def _check_large_batches(
     with_dims = list(zip(leaves, batch_dims, strict=True))
     batch = math.gcd(*(leaf.shape[dim] for leaf, dim in with_dims if dim is not None))
     larger = max(size for leaf in leaves for size in leaf.shape) + 1
-    for other in (larger, larger + 1):  # of which one is odd
+    refusals = []
+    for other in (larger, larger + 1):  # Both fail, unless it is a rest that is compared, as for a view of the values.
         given = []
         for leaf, dim in with_dims:
             sizes = list(leaf.shape)
@@ -171,7 +172,9 @@ def _check_large_batches(
         try:
             guard(*given)
         except AssertionError as error:
-            raise DependsOnBatchError(model) from error
+            refusals.append(error)
+    if len(refusals) == 2:
+        raise DependsOnBatchError(model) from refusals[0]
 
 
 def _split(
