@@ -156,7 +156,7 @@ def epochs_of(loop: Loop, contenders: list[str]) -> dict[str, Epoch]:
     return epochs
 
 
-def threads_scale(rounds: int = 15) -> float:
+def threads_scale(rounds: int) -> float:
     """How many times as much two threads train, each an autoencoder of its own, as one does in the same time: the
     median of the rounds, which differ by a third where the machine is shared. Each thread trains for half a second,
     beside which it does not count when the system starts a thread."""

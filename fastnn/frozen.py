@@ -63,13 +63,32 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
         again()
         return as_it_is().double()(*pytree.tree_map_only(Tensor, _double, given))
 
+    def frozen_by(batch_dims: Sequence[int | None], given: Any, other: Any, expected: Sequence[Any]) -> Any:
+        """The frozen model, read with the inputs `given`, where these dimensions are the batch. It is compared with
+        what is expected of the example and of the inputs `other`."""
+        fixed: set[tuple[int, int]] = set()
+        while True:
+            with _export_lock:
+                exported = read(as_it_is(), given, batch_dims, fixed)
+            frozen = _build(model, exported, leaves, spec)
+            for some, wanted in zip((inputs, other), expected, strict=True):
+                again()
+                _compare(frozen, some, wanted, in_double, exported.draws)
+            found = _find_dependence(as_it_is, in_double, frozen, exported.ranges, leaves, spec, again)
+            if found is None:
+                return frozen
+            place, dim = found
+            if dim == batch_dims[place]:
+                raise DependsOnBatchError(model)
+            fixed.add(found)
+
     with _as_in_inference(), leaving_no_trace() as again:
         try:
             expected = as_it_is()(*cloned(inputs))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
-        # the run fails, another dimension may be the batch.
+        # the run fails, or where it turns out later that something depends on it, another dimension may be the batch.
         refusal: ValueError | None = None
         for batch_dims in _tries(model, leaves):
             with_dims = list(zip(leaves, batch_dims, strict=True))
@@ -82,27 +101,14 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             try:
                 expected_of_other = as_it_is()(*cloned(other))
             except Exception as error:  # the model's own Python may refuse a batch in any words
+                # The words of a guess that gives each input a batch say most.
                 if refusal is None or not (None in batch_dims or isinstance(refusal, DependsOnBatchError)):
                     refusal = ValueError(_words_of_batch(model, leaves, first if not is_single else doubled, error))
                     refusal.__cause__ = error
                 continue
             given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
-            fixed: set[tuple[int, int]] = set()
             try:
-                while True:
-                    with _export_lock:
-                        exported = read(as_it_is(), given, batch_dims, fixed)
-                    frozen = _build(model, exported, leaves, spec)
-                    for some, wanted in ((inputs, expected), (other, expected_of_other)):
-                        again()
-                        _compare(frozen, some, wanted, in_double, exported.draws)
-                    found = _find_dependence(as_it_is, in_double, frozen, exported.ranges, leaves, spec, again)
-                    if found is None:
-                        return frozen
-                    place, dim = found
-                    if dim == batch_dims[place]:
-                        raise DependsOnBatchError(model)
-                    fixed.add(found)
+                return frozen_by(batch_dims, given, other, (expected, expected_of_other))
             except DependsOnBatchError as error:
                 refusal = error
         assert refusal is not None
@@ -157,8 +163,7 @@ def _tries(model: nn.Module, leaves: Sequence[Tensor]) -> Iterator[list[int | No
     attention, dimension 1 is tried first: a table of positions often limits the steps, and so they cannot be the
     batch. Where no such guess is right, the batch of each further input is where its size is the batch's; it has none
     (None) where there is no such size, and may have none if it may be a mask (steps, steps)."""
-    batch = leaves[0].shape[0]
-    may_be_second = [leaf.dim() > 1 and leaf.shape[1] == batch for leaf in leaves[1:]]
+    may_be_second = [leaf.dim() > 1 and leaf.shape[1] == leaves[0].shape[0] for leaf in leaves[1:]]
     choices = [[0, 1] if may_be and place < _MOST_GUESSED else [0] for place, may_be in enumerate(may_be_second)]
     tries: list[list[int | None]] = [[0, *dims] for dims in sorted(product(*choices), key=sum)]
     steps_first = [one for one in model.modules() if getattr(one, "batch_first", None) is False]

@@ -1389,6 +1389,8 @@ def test_masks_of_steps_and_of_padding() -> None:
 
 
 class Scales(nn.Module):
+    """A second input is a factor a feature, or is added to the scores of an attention; places have an embedding."""
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 6)

@@ -45,8 +45,8 @@ RANGES = (_aten.arange.default, _aten.arange.start)  # the operators that give n
 
 class Reader:
     """Reads nodes in the graph's order. `values`: each node's result as a value of the program. `nodes`: all nodes.
-    outside: nodes that torch runs. The others of booleans are values that are 1 and 0, `booleans`, which only layers
-    that take masks may see."""
+    outside: nodes that torch runs. The other nodes of booleans are values that are 1 and 0, `booleans`, which only
+    layers that take masks may see."""
 
     def __init__(self, graph: Graph, constants: dict[str, Tensor], outside: Collection[Node] = ()) -> None:
         self.nodes = list(graph.nodes)

@@ -126,16 +126,17 @@ def _read(
     ranges = _ranges(exported)
     with_dims = zip(placeholders, batch_dims, strict=True)
     batches = [_sizes(input)[dim] for input, dim in with_dims if dim is not None]
+    leaves = pytree.tree_leaves(inputs)
     if any(ranges.get(str(batch)) != _NO_LIMITS for batch in batches):
         raise DependsOnBatchError(model)
-    _check_large_batches(model, exported, pytree.tree_leaves(inputs), batch_dims)
+    _check_large_batches(model, exported, leaves, batch_dims)
     _drop_copies(graph)
     _fold_constants(graph, constants)
     (outputs,) = graph.output_node().args
     draws = [str(node.target) for node in graph.nodes if _draws(node)]
     sizes = [
         [bound for size, known in zip(_sizes(node), leaf.shape, strict=True) for bound in _bounds(size, ranges, known)]
-        for node, leaf in zip(placeholders, pytree.tree_leaves(inputs), strict=True)
+        for node, leaf in zip(placeholders, leaves, strict=True)
     ]
     units, refusals = _split(graph, constants, dict(zip(placeholders, sizes, strict=True)), ranges)
     return Exported(
@@ -153,7 +154,10 @@ def _check_large_batches(
     model: nn.Module, exported: ExportedProgram, leaves: Sequence[Tensor], batch_dims: Sequence[int | None]
 ) -> None:
     """Refuses a model that does something else for batches that are larger than all other sizes. (The limits that a
-    comparison with a number sets are known already.) The inputs for this take no memory, however large they are."""
+    comparison with a number sets are known already.) The inputs for this take no memory, however large they are.
+
+    Two sizes in a row are tried, and the model is refused where both fail. Where one fails, the export has noted that a
+    size is no multiple of a number, which how torch views a tensor may depend on, and no result."""
     guard = guard_of_sizes(exported)
     if guard is None:
         return
@@ -161,7 +165,7 @@ def _check_large_batches(
     batch = math.gcd(*(leaf.shape[dim] for leaf, dim in with_dims if dim is not None))
     larger = max(size for leaf in leaves for size in leaf.shape) + 1
     refusals = []
-    for other in (larger, larger + 1):  # Both fail, unless it is a rest that is compared, as for a view of the values.
+    for other in (larger, larger + 1):
         given = []
         for leaf, dim in with_dims:
             sizes = list(leaf.shape)
@@ -194,8 +198,10 @@ def _split(
 
 
 class _NeededOutsideError(Exception):
-    """Torch, or another network, takes booleans that a network has read as 1 and 0; or torch takes what follows from
-    sizes alone, as a mask of later steps does, and what torch computes of it is a border unless it runs first."""
+    """Torch must run these nodes, although a network has read them. Either they are booleans, which the network has
+    read as 1 and 0, and torch or another network takes them. Or they are computed from sizes alone, as a mask of later
+    steps is, and torch takes them: torch then runs all of this before the networks, and it is no border between
+    layers."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = nodes
@@ -216,7 +222,7 @@ def _split_with(
     taken: dict[int, list[Node]] = {}
     units: list[Segment | Node] = []
     first: set[Node] = set()  # borders that no layer comes before: they run before all networks
-    from_sizes: set[Node] = set()  # tensors that follow from sizes and from nothing else that a node gives
+    from_sizes: set[Node] = set()  # tensors that are computed from sizes, and from no other tensor
     for node in graph.nodes:
         if node.op != "call_function" or node.name in constants:
             continue
@@ -234,8 +240,8 @@ def _split_with(
             found = reader.read(node)
         except NotALayerError as reason:
             known = [one for one in depends_on if one in reader.values]
-            by_network = {one for one in from_sizes if one not in units}
-            if needed := [one for one in known if reader.values[one] in reader.booleans or one in by_network]:
+            by_network = [one for one in known if one in from_sizes and one not in units]
+            if needed := by_network + [one for one in known if reader.values[one] in reader.booleans]:
                 raise _NeededOutsideError(needed) from reason
             if is_tensor:
                 refusals.append(_refusal(node, str(reason)))
