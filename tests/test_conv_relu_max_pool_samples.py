@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from conv_cases import CONV, FUSED
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
 
 from fastnn.testing import assert_close_to_reference
 
@@ -22,6 +21,9 @@ POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 def samples(name: str, dtype: torch.dtype, names: Sequence[str]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Upstream's inputs of a function of torch.nn.functional, each with its other arguments by their names."""
+    # Here and not above: the import takes five seconds, which only a process that runs these tests has to spend.
+    from torch.testing._internal.common_methods_invocations import op_db
+
     op = next(op for op in op_db if op.name == f"nn.functional.{name}" and not op.variant_test_name)
     return [
         (sample.input, dict(zip(names, sample.args, strict=False)) | sample.kwargs)

@@ -20,7 +20,7 @@ import fastnn
 from fastnn import models
 from fastnn._extension import load_extension
 
-CALLS = 800
+CALLS = 300
 
 
 class Mallinfo2(ctypes.Structure):

@@ -7,7 +7,7 @@ import semantics
 import torch
 
 BATCH = 20  # cases of one test
-BATCHES = {"fuse": 14, "alike": 5, "fuse example": 2, "training_step": 4, "freeze": 2}
+BATCHES = {"fuse": 8, "alike": 3, "fuse example": 1, "training_step": 3, "freeze": 1}
 COMPILED = range(4)
 
 

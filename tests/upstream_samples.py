@@ -12,7 +12,6 @@ import torch
 from random_models import try_all
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastnn
@@ -83,6 +82,9 @@ def _run(model: nn.Module, tensors: list[Tensor], records: bool) -> Any:
 
 def samples(every: int, most: int) -> Iterator[tuple[str, Any, Any]]:
     """The first samples of one of `every` functions that float32 has: a name, the function and the sample."""
+    # Here and not above: the import takes five seconds, which a process that only collects tests need not spend.
+    from torch.testing._internal.common_methods_invocations import op_db
+
     known = [info for info in op_db if not any(one in info.formatted_name for one in _LEFT_OUT)]
     for info in known[::every]:
         if torch.float32 in info.dtypes:

@@ -23,6 +23,7 @@ def pytest_configure(config):
     if _INTERPRETED:
         _let_scalars_be_ints()
         _replace_the_language_once_a_launch()
+        _keep_the_dtypes_of_arrays()
         _let_kernels_assert()
         _say_nothing_of_overflow()
         sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -59,6 +60,21 @@ def _replace_the_language_once_a_launch():
         return no_changes() if is_replaced else patch(kernel)
 
     interpreter._patch_lang = patch_once
+
+
+def _keep_the_dtypes_of_arrays():
+    """The interpreter makes a table of all dtypes whenever it looks up one, several times an instruction."""
+    from triton.runtime import interpreter
+
+    find, known = interpreter._get_np_dtype, {}
+
+    def find_once(dtype):
+        name = dtype.scalar.name  # (A block's elements have the dtype of one of them.)
+        if name not in known:
+            known[name] = find(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = find_once
 
 
 def _let_kernels_assert():
