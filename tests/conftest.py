@@ -9,8 +9,8 @@ import torch
 from fastnn import testing
 
 if not torch.cuda.is_available():
-    # Here torch.manual_seed would write down its caller for each kind of GPU, should one be initialized later: 2 ms a
-    # call, which was a tenth of the time of all tests.
+    # Here torch.manual_seed would write down its caller for each kind of GPU, should one be initialized later. That
+    # takes 2 ms a call, and many tests call it before each run of a network.
     torch.manual_seed = torch.default_generator.manual_seed
 
 
