@@ -373,3 +373,30 @@ def test_parts_of_tensors_go_into_a_network(monkeypatch: pytest.MonkeyPatch) -> 
                 for one in (model, fused):
                     with pytest.raises(RuntimeError, match="view size is not compatible"):
                         one(x)
+
+
+class _Views(nn.Module):
+    """Weights that are views with strides: of tied layers, and of a norm's weights side by side in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.pairs = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 2))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.sigmoid(F.linear(x, self.weight)), self.weight.t())
+        return self.last(F.group_norm(x, 2, self.pairs[:, 0], self.pairs[:, 1]))
+
+
+def test_weights_that_are_views() -> None:
+    model, x, y = _Views().double(), torch.randn(5, 6).double(), torch.randn(5, 3).double()
+    mine = copy.deepcopy(model)
+    theirs, ours = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for _ in range(3):
+        theirs.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        theirs.step()
+        torch.testing.assert_close(step(x, y), loss.detach())
+    torch.testing.assert_close(list(mine.parameters()), list(model.parameters()))

@@ -299,9 +299,10 @@ class GroupNormTraining : public StockNormTraining<T> {
   }
 
  private:
+  // Torch's kernels read weights as contiguous, whatever their strides are.
   OptionalTensor weight(size_t i) const {
     const Tensor* const given = this->parameter(i);
-    return given ? OptionalTensor(given->borrow()) : std::nullopt;
+    return given ? OptionalTensor(dense(*given)) : std::nullopt;
   }
 
   int64_t groups_, dims_;
