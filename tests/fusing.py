@@ -1,6 +1,8 @@
 """What tests of whole models share."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,15 @@ def run_and_list(call: Callable[[], Any]) -> tuple[Any, list[str]]:
     with torch.profiler.profile(acc_events=True) as profile:  # without acc_events torch 2.10 warns once
         result = call()
     return result, [event.name for event in profile.events() if event.name.startswith("fastnn::")]
+
+
+def package(exported: torch.export.ExportedProgram, path: Path) -> str:
+    """Compile an exported model by AOTInductor into a file of this path, which is returned. The code that is compiled
+    only calls operators, so that the compiler's optimization would take seconds and make nothing faster."""
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    with warnings.catch_warnings():  # torch's own, about its own code
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        return str(torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options))
 
 
 class Calls(nn.Module):

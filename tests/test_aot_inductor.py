@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sysconfig
-import warnings
 from pathlib import Path
 
+import fusing
 import pytest
 import torch
-from fusing import fused_copy
 from torch import nn
 from torch.testing import assert_close
 
@@ -45,15 +44,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(200, 6), nn.ReLU(), nn.Linear(6, 4)),
     ).eval()
-    exported = torch.export.export(fused_copy(model), (torch.randn(2, 3, 12, 12),))
+    exported = torch.export.export(fusing.fused_copy(model), (torch.randn(2, 3, 12, 12),))
     assert any("fastnn" in str(node.target) for node in exported.graph.nodes)
-    path = tmp_path_factory.mktemp("package") / "model.pt2"
-    with warnings.catch_warnings():  # torch's own, about its own code
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        # (What is compiled calls operators: optimizing it would take longer and change nothing.)
-        options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
-    return path, model
+    return Path(fusing.package(exported, tmp_path_factory.mktemp("package") / "model.pt2")), model
 
 
 def test_in_python(package: tuple[Path, nn.Module]) -> None:

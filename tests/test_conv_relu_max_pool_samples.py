@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import upstream_samples
 from conv_cases import CONV, FUSED
 from torch import Tensor
 
@@ -21,10 +22,8 @@ POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 def samples(name: str, dtype: torch.dtype, names: Sequence[str]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Upstream's inputs of a function of torch.nn.functional, each with its other arguments by their names."""
-    # Here and not above: the import takes five seconds, which only a process that runs these tests has to spend.
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    op = next(op for op in op_db if op.name == f"nn.functional.{name}" and not op.variant_test_name)
+    known = upstream_samples.functions()
+    op = next(op for op in known if op.name == f"nn.functional.{name}" and not op.variant_test_name)
     return [
         (sample.input, dict(zip(names, sample.args, strict=False)) | sample.kwargs)
         for sample in op.sample_inputs("cpu", dtype, requires_grad=False)

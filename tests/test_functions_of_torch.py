@@ -375,8 +375,8 @@ def test_parts_of_tensors_go_into_a_network(monkeypatch: pytest.MonkeyPatch) -> 
                         one(x)
 
 
-class _Views(nn.Module):
-    """Weights that are views with strides: of tied layers, and of a norm's weights side by side in one tensor."""
+class StridedWeights(nn.Module):
+    """A layer whose weight is the transpose of another's, and a norm whose weight and bias are columns of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -389,7 +389,7 @@ class _Views(nn.Module):
 
 
 def test_weights_that_are_views() -> None:
-    model, x, y = _Views().double(), torch.randn(5, 6).double(), torch.randn(5, 3).double()
+    model, x, y = StridedWeights().double(), torch.randn(5, 6).double(), torch.randn(5, 3).double()
     mine = copy.deepcopy(model)
     theirs, ours = (torch.optim.SGD(one.parameters(), 0.1) for one in (model, mine))
     step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from fusing import package
 from rnn_common import CELLS, NETWORKS, clone_wanting_gradients, pair, random_state, run, tensors_of
 from torch.nn.utils.rnn import pack_sequence
 
@@ -252,10 +253,8 @@ def test_aot_inductor(tmp_path):
             return [network(x) for network in self.networks], [cell(x[0]) for cell in self.cells]
 
     model, x = All().eval(), torch.randn(5, 2, 4)
-    package = str(tmp_path / "model.pt2")
-    exported, options = torch.export.export(model, (x,)), {"aot_inductor.compile_wrapper_opt_level": "O0"}
-    torch._inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=options)
-    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
+    path = package(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])

@@ -22,6 +22,14 @@ _LEFT_OUT = ("empty", "bernoulli", "normal", "rand", "uniform", "exponential", "
              "jiterator", "sparse", "native_batch_norm")  # fmt: skip
 
 
+def functions() -> list[Any]:
+    """Upstream's descriptions of torch's functions. Their import takes five seconds, so that it is made here and not
+    above: a process that only collects tests need not spend them."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return op_db
+
+
 class _Written(str):
     """An argument as a forward's text has it."""
 
@@ -82,10 +90,7 @@ def _run(model: nn.Module, tensors: list[Tensor], records: bool) -> Any:
 
 def samples(every: int, most: int) -> Iterator[tuple[str, Any, Any]]:
     """The first samples of one of `every` functions that float32 has: a name, the function and the sample."""
-    # Here and not above: the import takes five seconds, which a process that only collects tests need not spend.
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    known = [info for info in op_db if not any(one in info.formatted_name for one in _LEFT_OUT)]
+    known = [info for info in functions() if not any(one in info.formatted_name for one in _LEFT_OUT)]
     for info in known[::every]:
         if torch.float32 in info.dtypes:
             given = info.sample_inputs("cpu", torch.float32, requires_grad=False)

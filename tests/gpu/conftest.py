@@ -63,7 +63,8 @@ def _replace_the_language_once_a_launch():
 
 
 def _keep_the_dtypes_of_arrays():
-    """The interpreter makes a table of all dtypes whenever it looks up one, several times an instruction."""
+    """The interpreter makes a table of all dtypes whenever it looks up one, and each operation of a kernel looks up
+    several."""
     from triton.runtime import interpreter
 
     find, known = interpreter._get_np_dtype, {}

@@ -299,7 +299,7 @@ class GroupNormTraining : public StockNormTraining<T> {
   }
 
  private:
-  // Torch's kernels read weights as contiguous, whatever their strides are.
+  // The weight (0) or the bias (1), contiguous, since torch's kernels do not look at the strides.
   OptionalTensor weight(size_t i) const {
     const Tensor* const given = this->parameter(i);
     return given ? OptionalTensor(dense(*given)) : std::nullopt;

@@ -45,7 +45,7 @@ class LinearTraining : public TrainingLayer<T> {
     sizes_ = sizes_of(input);
     FASTNN_CHECK(!sizes_.empty(), kTrainingStep, ": expected a linear layer's input to have features");
     parameters_.clear();
-    // Backward reads the weights as they lie in memory, and a weight may be a view, as that of tied layers is.
+    // Backward reads weights and biases as contiguous, and tied layers have a weight that is the transpose of another.
     for (size_t i = 1; i < this->given.size(); ++i) parameters_.push_back(dense(this->given[i]));
     input_ = dense(input);
     rows_ = as_sizes(data<T>(input_), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
