@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastnn import testing
 from fastnn.nn import rnn as fused
+from fastnn.reference import rnn as plain
 
 NETWORKS = ("RNN", "GRU", "LSTM")
 CELLS = ("RNNCell", "GRUCell", "LSTMCell")
@@ -33,6 +34,35 @@ def pair(name, *args, dtype=torch.float32, **kwargs):
     for theirs, parameter in zip(stock.parameters(), ours.parameters(), strict=True):
         assert torch.equal(theirs, parameter)
     return stock, ours
+
+
+def plain_network(module):
+    """The reference as a module with the same parameters: stock's cannot be mapped over."""
+
+    class Plain(type(module)):
+        def _run(self, input, hx, weights):
+            output, final = plain.rnn(
+                input, None, [], weights, None, self.mode, self.num_layers, self.bidirectional, self.batch_first
+            )
+            return output, final
+
+    result = copy.deepcopy(module)
+    result.__class__ = Plain
+    return result
+
+
+def plain_cell(module):
+    """The reference as a cell with the same parameters."""
+
+    class Plain(type(module)):
+        def _run(self, input, hx, weights):
+            states = () if hx is None else hx if self._states == 2 else (hx,)
+            state = plain.rnn_cell(input, states, weights, self._mode())
+            return state[0] if self._states == 1 else state
+
+    result = copy.deepcopy(module)
+    result.__class__ = Plain
+    return result
 
 
 def tensors_of(nested):

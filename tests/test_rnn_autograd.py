@@ -1,16 +1,24 @@
 """Differentiation and tracing of the recurrent op: gradcheck, torch.func, torch.compile, torch.export."""
 
-import copy
 import shutil
 
 import pytest
 import torch
 from fusing import package
-from rnn_common import CELLS, NETWORKS, clone_wanting_gradients, pair, random_state, run, tensors_of
+from rnn_common import (
+    CELLS,
+    NETWORKS,
+    clone_wanting_gradients,
+    pair,
+    plain_cell,
+    plain_network,
+    random_state,
+    run,
+    tensors_of,
+)
 from torch.nn.utils.rnn import pack_sequence
 
 from fastnn import nn
-from fastnn.reference import rnn as plain
 
 
 @pytest.mark.parametrize("features", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str)
@@ -103,21 +111,6 @@ def test_func_transforms(name):
         torch.testing.assert_close(actual, expected)
 
 
-def plain_network(module):
-    """The reference as a module with the same parameters: stock's cannot be mapped over."""
-
-    class Plain(type(module)):
-        def _run(self, input, hx, weights):
-            output, final = plain.rnn(
-                input, None, [], weights, None, self.mode, self.num_layers, self.bidirectional, self.batch_first
-            )
-            return output, final
-
-    result = copy.deepcopy(module)
-    result.__class__ = Plain
-    return result
-
-
 @pytest.mark.parametrize("name", CELLS)
 def test_func_transforms_of_cells(name):
     _, ours = pair(name, 3, 4, dtype=torch.float64)
@@ -137,17 +130,6 @@ def test_func_transforms_of_cells(name):
         lambda f: torch.func.jvp(lambda x: f(parameters, x), (batch[0],), (batch[1],)),
     ):
         torch.testing.assert_close(transform(loss(ours)), transform(loss(plain_cell(ours))))
-
-
-def plain_cell(module):
-    class Plain(type(module)):
-        def _run(self, input, hx, weights):
-            state = plain.rnn_cell(input, (), weights, self._mode())
-            return state[0] if self._states == 1 else state
-
-    result = copy.deepcopy(module)
-    result.__class__ = Plain
-    return result
 
 
 @pytest.mark.parametrize("name", NETWORKS)

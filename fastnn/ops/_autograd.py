@@ -1,6 +1,7 @@
 """What the operators share on the way from a public function to a kernel: which path a call takes, autocast
 and double backward."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,8 +180,15 @@ def gradients_by_reference(
 ) -> list[Tensor | None]:
     """The gradients for a backward that must be differentiable (:func:`wants_graph`). Plain autograd computes them from
     the reference's outputs, with respect to the tensors that need one, at the cost of stock's own double backward."""
-    # Each place gets a view of its own: one tensor may stand at two places, each of which has its own gradient.
-    own = [one.view_as(one) if needs else one for one, needs in zip(tensors, needed, strict=True)]
+
+    def own_view(tensor: Tensor) -> Tensor:
+        """A view of a tensor that needs a gradient: one tensor may stand at two places, each of which has its own
+        gradient. Where the function of ``torch.func.vjp`` is called, the transform has ended for which the tensor
+        needs a gradient, so that it may need none outside."""
+        view = tensor.view_as(tensor)
+        return view if view.requires_grad else view.detach().requires_grad_()
+
+    own = [own_view(one) if needs else one for one, needs in zip(tensors, needed, strict=True)]
     outputs = reference(*own)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     given = [(one, grad) for one, grad in zip(outputs, grads, strict=True) if grad is not None and one.requires_grad]
@@ -193,16 +201,51 @@ def gradients_by_reference(
 
 
 def differentiate_twice(
-    reference: Callable[..., Any], grad_output: Any, tensors: Sequence[Tensor], grad_grads: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """Gradients of ``vjp(reference)(grad_output, *tensors)`` with respect to ``(grad_output, *tensors)``, which can be
-    differentiated again. The backward kernels have no backward of their own, so the reference takes their place."""
-    if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grad_grads):
-        return one_by_one(lambda *rows: differentiate_twice(reference, grad_output, tensors, rows), grad_grads)
+    reference: Callable[..., Any],
+    grad_output: Any,
+    tensors: Sequence[Any],
+    given: Sequence[bool],
+    needed: Sequence[bool],
+    grad_grads: Sequence[Tensor | None],
+) -> tuple[Any, list[Tensor | None]]:
+    """The backward of a backward kernel, which can be differentiated again. The kernels of backward have no backward of
+    their own, so that the reference takes their place.
 
-    def backward(grad_output: Any, *tensors: Tensor) -> Any:
-        vjp = torch.func.vjp(reference, *tensors)[1]
+    Args:
+        grad_output: the gradient of what ``reference(*tensors)`` returns.
+        tensors: the arguments of the first forward; None stands for one that is missing.
+        given: which of ``tensors`` the backward kernel gave a gradient for.
+        needed: which of ``tensors`` need a gradient now. They may be others than those in ``given``: where
+            ``torch.func.grad`` differentiates by the input, a loss of this gradient is differentiated by the weights.
+        grad_grads: the gradients of those gradients, one per tensor, None where there is none.
+
+    Returns:
+        The gradient of ``grad_output``, and one per tensor, None where none is needed.
+    """
+    if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grad_grads):
+        call = functools.partial(differentiate_twice, reference, grad_output, tensors, given, needed)
+        return one_by_one(lambda *rows: call(rows), grad_grads)
+    first = [i for i, was_given in enumerate(given) if was_given]
+    second = [i for i, needs in enumerate(needed) if needs]
+
+    def backward(grad_output: Any, *at_second: Tensor) -> Any:
+        everything = list(tensors)
+        for i, tensor in zip(second, at_second, strict=True):
+            everything[i] = tensor
+
+        def forward(*at_first: Tensor) -> Any:
+            arguments = list(everything)
+            for i, tensor in zip(first, at_first, strict=True):
+                arguments[i] = tensor
+            return reference(*arguments)
+
+        vjp = torch.func.vjp(forward, *[everything[i] for i in first])[1]
         return vjp(grad_output)
 
-    vjp = torch.func.vjp(backward, grad_output, *tensors)[1]
-    return vjp(tuple(grad_grads))
+    vjp = torch.func.vjp(backward, grad_output, *[tensors[i] for i in second])[1]
+    grads = tuple(torch.zeros_like(tensors[i]) if grad_grads[i] is None else grad_grads[i] for i in first)
+    of_grad_output, *found = vjp(grads)
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(second, found, strict=True):
+        gradients[i] = gradient
+    return of_grad_output, gradients

@@ -364,26 +364,16 @@ class ConvReluMaxPoolBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         grad_output, _, input, weight, bias, ctx.geometry, _ = inputs
-        ctx.given = [i for i, gradient in enumerate(output) if gradient is not None]
+        ctx.given = [gradient is not None for gradient in output]
         ctx.save_for_backward(grad_output, input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
-
-        def forward(*tensors: Tensor) -> Tensor:
-            everything = list(inputs)
-            for i, tensor in zip(ctx.given, tensors, strict=True):
-                everything[i] = tensor
-            return _by_reference(ctx.geometry, *everything)
-
-        second = differentiate_twice(
-            forward, grad_output, [inputs[i] for i in ctx.given], [grad_grads[i] for i in ctx.given]
-        )
-        result: list[Tensor | None] = [None] * 3
-        for i, gradient in zip(ctx.given, second[1:], strict=True):
-            result[i] = gradient
-        return (second[0], None, *result, None, None)
+        by_reference = functools.partial(_by_reference, ctx.geometry)
+        needed = ctx.needs_input_grad[2:5]
+        of_grad_output, found = differentiate_twice(by_reference, grad_output, inputs, ctx.given, needed, grad_grads)
+        return (of_grad_output, None, *found, None, None)
 
 
 def output_sizes(input: Sequence[int], weight: Sequence[int], geometry: Sequence[int]) -> list[int]:

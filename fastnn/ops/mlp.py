@@ -306,26 +306,20 @@ class MlpBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         grad_output, ctx.activations, parameters, _, *saved = inputs
-        ctx.outputs_given = [gradient is not None for gradient in output]
-        ctx.saved_count = len(saved)
+        ctx.given = [gradient is not None for gradient in output]
+        ctx.made = len(saved) - 1 - parameters  # tensors that forward made for backward
         ctx.save_for_backward(grad_output, *saved[: 1 + parameters])
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grad_output, *inputs = ctx.saved_tensors
-        given = [i for i, present in enumerate(ctx.outputs_given) if present]
+        needed = ctx.needs_input_grad[4 : 4 + len(inputs)]
 
-        def forward(*tensors: Tensor) -> Tensor:
-            everything = list(inputs)
-            for i, tensor in zip(given, tensors, strict=True):
-                everything[i] = tensor
-            return _by_reference(everything, ctx.activations)
+        def by_reference(*tensors: Tensor) -> Tensor:
+            return _by_reference(tensors, ctx.activations)
 
-        second = differentiate_twice(forward, grad_output, [inputs[i] for i in given], [grad_grads[i] for i in given])
-        result: list[Tensor | None] = [None] * ctx.saved_count
-        for i, gradient in zip(given, second[1:], strict=True):
-            result[i] = gradient
-        return (second[0], None, None, None, *result)
+        of_grad_output, found = differentiate_twice(by_reference, grad_output, inputs, ctx.given, needed, grad_grads)
+        return (of_grad_output, None, None, None, *found, *(None,) * ctx.made)
 
 
 @raw_operator("mlp")

@@ -417,7 +417,7 @@ class RnnBackward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.config, ctx.states, _, *tensors = inputs
         ctx.grads = 1 + MODES[ctx.config[0]].states
-        ctx.outputs_given = [gradient is not None for gradient in output]
+        ctx.given = [gradient is not None for gradient in output]
         ctx.set_materialize_grads(False)
         # The output and the reserve are not saved, because the reference computes its own.
         ctx.save_for_backward(*tensors[: ctx.grads], *tensors[ctx.grads + 2 :])
@@ -426,30 +426,21 @@ class RnnBackward(torch.autograd.Function):
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Any, ...]:
         grads, inputs = ctx.saved_tensors[: ctx.grads], ctx.saved_tensors[ctx.grads :]
         input, batch_sizes, masks, *rest = inputs
-        inner = [input, *rest]
-        given = [i for i, present in enumerate(ctx.outputs_given) if present]
         arrived = [i for i, grad in enumerate(grads) if grad is not None]
+        places = ctx.needs_input_grad[3 + ctx.grads + 2 :]  # of the input, batch_sizes, masks, the states and weights
+        needed = [places[0], *places[3:]]
 
-        def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
-            everything = list(inner)
-            for i, tensor in zip(given, tensors, strict=True):
-                everything[i] = tensor
-            outputs = _by_reference(ctx.config, ctx.states, batch_sizes, masks, *everything)
+        def by_reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+            outputs = _by_reference(ctx.config, ctx.states, batch_sizes, masks, *tensors)
             return tuple(outputs[i] for i in arrived)
 
-        second = differentiate_twice(
-            forward,
-            tuple(grads[i] for i in arrived),
-            [inner[i] for i in given],
-            [torch.zeros_like(inner[i]) if grad_grads[i] is None else grad_grads[i] for i in given],
+        of_grads, found = differentiate_twice(
+            by_reference, tuple(grads[i] for i in arrived), [input, *rest], ctx.given, needed, grad_grads
         )
         grad_of_grads: list[Tensor | None] = [None] * ctx.grads
-        for i, gradient in zip(arrived, second[0], strict=True):
+        for i, gradient in zip(arrived, of_grads, strict=True):
             grad_of_grads[i] = gradient
-        result: list[Tensor | None] = [None] * len(inner)
-        for i, gradient in zip(given, second[1:], strict=True):
-            result[i] = gradient
-        return (None, None, None, *grad_of_grads, None, None, result[0], None, None, *result[1:])
+        return (None, None, None, *grad_of_grads, None, None, found[0], None, None, *found[1:])
 
 
 def _check_devices(batch_sizes: Tensor | None, *tensors: Tensor | None) -> None:
