@@ -1,6 +1,7 @@
 """``fastnn.freeze``: a model for inference alone, its weights packed, run by one operator call or one for each part."""
 
 import inspect
+import math
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -655,7 +656,9 @@ def _name(node: Node) -> str:
         return str(target)
     if getattr(target, "__module__", "") in ("_operator", "operator"):
         return f"operator.{target.__name__}"  # type: ignore[union-attr]
-    raise ValueError(f"freeze: a frozen model cannot hold {target}")
+    if target in _OF_SIZES.values():
+        return f"{target.__module__}.{target.__name__}"  # type: ignore[union-attr]
+    raise ValueError(f"freeze: a frozen model cannot hold {getattr(target, '__name__', target)}")
 
 
 def _function(name: Any) -> Any:
@@ -664,6 +667,8 @@ def _function(name: Any) -> Any:
     namespace, _, rest = name.partition(".")
     if namespace == "operator" and rest in _ARITHMETIC:
         return getattr(operator, rest)
+    if name in _OF_SIZES:
+        return _OF_SIZES[name]
     packet, _, overload = rest.partition(".")
     is_special = packet.startswith("__") and packet not in _OF_BITS
     if namespace in ("aten", "fastnn") and overload and not is_special and not overload.startswith("__"):
@@ -703,6 +708,21 @@ _ARITHMETIC = (
     "gt",
     "ge",
 )
+# What torch.export writes where Python's own functions of numbers take a size.
+_OF_SIZES = {
+    f"{one.__module__}.{one.__name__}": one
+    for one in (
+        torch.sym_min,
+        torch.sym_max,
+        torch.sym_int,
+        torch.sym_float,
+        torch.sym_not,
+        math.ceil,
+        math.floor,
+        math.trunc,
+        round,
+    )
+}
 
 
 def _write(value: Any, numbers: dict[Node, int]) -> Any:

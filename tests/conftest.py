@@ -52,6 +52,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(params=testing.instruction_sets(bfloat16=False))
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the kernels of each instruction set that this machine has and that has kernels of its own."""

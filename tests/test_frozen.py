@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable
@@ -1495,6 +1496,46 @@ def test_what_follows_from_sizes_alone() -> None:
     for sizes in ((2, 3, 9), (1, 3, 9), (5, 3, 6)):
         x = torch.randn(sizes, dtype=torch.float64)
         assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.view(len(x), -1),
+        lambda x: x / len(x),
+        lambda x: x + torch.ones(len(x), 1, 4),
+        lambda x: x[torch.arange(len(x)), 0],
+        lambda x: x[:, : min(x.size(0), 3)],
+        lambda x: x / max(len(x) - 1, 1),
+        lambda x: x * x.size(0) ** -0.5,
+        lambda x: x[: round(len(x) / 2)],
+        lambda x: x[: math.ceil(len(x) / 2) + math.floor(len(x) / 4)],
+    ],
+)
+def test_numbers_that_follow_from_the_batch(function: Callable[[Tensor], Tensor]) -> None:
+    model = Calls(nn.Linear(4, 4), function).eval()
+    frozen = fastnn.freeze(model, torch.randn(5, 6, 4))
+    for one in (frozen, pickle.loads(pickle.dumps(frozen))):
+        for batch in (1, 2, 3, 5, 8):
+            x = torch.randn(batch, 6, 4)
+            assert_close(one(x), model(x))
+
+
+def test_a_state_of_as_many_rows_as_the_input() -> None:
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.fc = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.gru(x, torch.zeros(1, len(x), 5))[0][:, -1])
+
+    model, x = States().eval(), torch.randn(3, 6, 4)
+    frozen = fastnn.freeze(model, x)
+    assert type(frozen) is fastnn.FrozenModel
+    with torch.no_grad():
+        assert_close(frozen(x[:2]), model(x[:2]))
 
 
 class StepsFirst(nn.Module):

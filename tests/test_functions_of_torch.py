@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -115,13 +115,6 @@ _DRAW = ("random", "drop")
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stretches, "_LEAST_COST", 1)
     monkeypatch.setattr(stretches, "_LEAST_CALLS", 1)
-
-
-@pytest.fixture
-def float64_by_default() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def run(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:

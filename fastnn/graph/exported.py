@@ -4,6 +4,7 @@ Operators that are layers become networks, each as large as possible. The other 
 A model that is one network becomes a :class:`fastnn.FrozenModel`, others become a :class:`fastnn.FrozenGraph`.
 """
 
+import builtins
 import contextlib
 import inspect
 import io
@@ -397,7 +398,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], free: Sequence[Sequence[i
     sizes = inspect.signature(model.forward).bind(*nested).arguments
     try:
         # (torch writes a graph that failed to the standard error.)
-        with contextlib.redirect_stderr(io.StringIO()), _no_search_for_causal_masks(model):
+        with contextlib.redirect_stderr(io.StringIO()), _no_search_for_causal_masks(model), _lengths_as_sizes():
             exported = torch.export.export(model, inputs, dynamic_shapes=dict(sizes), strict=False)
         if any(node.op == "call_function" and node.is_impure() for node in exported.graph.nodes):
             with warnings.catch_warnings():  # torch's own, about its own code
@@ -433,6 +434,22 @@ def _no_search_for_causal_masks(model: nn.Module) -> Iterator[None]:
             if type(module).forward in hints:
                 hooks.enter_context(module.register_forward_pre_hook(hint, with_kwargs=True))
         yield
+
+
+@contextlib.contextmanager
+def _lengths_as_sizes() -> Iterator[None]:
+    """Makes ``len(x)`` of a tensor what ``x.size(0)`` is, which may depend on the batch. Python's own ``len`` returns
+    plain numbers alone, so that an export takes the example's."""
+    of_python = builtins.len
+
+    def length(one: Any) -> Any:
+        return one.shape[0] if isinstance(one, Tensor) and one.dim() else of_python(one)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = of_python
 
 
 # Where torch's own code and ours lie. (A folder of the user's may be called "fastnn", too.)
