@@ -3,6 +3,7 @@ two operators elsewhere, and in each case what stock's loop does."""
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,23 @@ LOSSES: dict[str, tuple[Callable[[Any, Any], Tensor], Any, str]] = {
     "from a teacher": (
         lambda y, t: nn.KLDivLoss(reduction="none")(F.log_softmax(y / 2, -1), F.softmax(t / 2, -1)).mean(), Y, TWO,
     ),
+    "of probabilities": (lambda y, t: F.binary_cross_entropy(torch.sigmoid(y), t), SHARES, ONE),
+    "of probabilities, each": (
+        lambda y, t: F.binary_cross_entropy(y.sigmoid(), (t > 0).double(), reduction="none").amax(1).sum(), Y, ONE,
+    ),
+    "of probabilities that are targets": (
+        lambda y, t: F.binary_cross_entropy(t[:, 1:], torch.sigmoid(y[:, 1:]), reduction="sum")
+        + F.binary_cross_entropy(torch.sigmoid(y[:, :1]), torch.sigmoid(y[:, 1:2])),
+        F.softmax(Y, -1), ONE,
+    ),
+    "of weighted probabilities": (
+        lambda y, t: F.binary_cross_entropy(torch.sigmoid(y), t, weight=WEIGHTS), SHARES, TWO,
+    ),
+    "of counts": (lambda y, t: F.poisson_nll_loss(y, t), Y.abs().round(), ONE),
+    "of counts and their rates": (
+        lambda y, t: F.poisson_nll_loss(y.exp(), t, log_input=False, eps=1e-3, reduction="sum"), Y.abs().round(), ONE,
+    ),
+    "of counts, in full": (lambda y, t: F.poisson_nll_loss(y, t, full=True), Y.abs().round(), TWO),
     "several tensors": (lambda y, t: F.mse_loss(y, t[0]) + F.cross_entropy(y, t[1]), (Y, CLASSES), ONE),
     "a list of tensors": (lambda y, t: F.mse_loss(y, t[0]) * t[1].mean(), [Y, _rows(3)], ONE),
     "unpacked": (lambda y, t: sum(F.mse_loss(y, one) for one in t), (Y, Y + 1), ONE),
@@ -172,6 +190,63 @@ def test_several_results() -> None:
 def test_one_of_the_results_alone() -> None:
     """The other's layer has no gradient, and stock's optimizer leaves it alone."""
     _check(lambda model: lambda results, target: F.mse_loss(results[0], target), Y, ONE, Heads)
+
+
+@pytest.mark.parametrize("module", [nn.BCELoss(), nn.BCELoss(reduction="sum"), nn.PoissonNLLLoss(log_input=False)])
+def test_losses_of_probabilities_and_rates(module: nn.Module) -> None:
+    _check(lambda model: lambda results, target: results[1].square().mean() + module(results[0].sigmoid(), target),
+           SHARES, TWO, Heads)  # fmt: skip  # (a module that a function calls)
+
+    class Ends(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    _check(lambda model: module, SHARES, ONE, Ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_of_exactly_0_and_1(dtype: torch.dtype) -> None:
+    """The loss is 100 at most and its derivative 1e12. What is no probability is refused in torch's words."""
+    targets = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.3, 1.0, 0.0]], dtype=dtype)
+
+    def losses(kind: Callable[[nn.Module], nn.Module], last: float) -> tuple[Tensor, Tensor]:
+        model = nn.Hardtanh(0.0, 2.0)
+        scale = nn.Parameter(torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1e-40, last], dtype=dtype))
+
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale, self.inner = scale, model
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.binary_cross_entropy(self.scale * x, targets, reduction="none")
+
+        result = kind(Scaled())(torch.ones(1, 7, dtype=dtype))
+        result.sum().backward()
+        assert scale.grad is not None
+        return result.detach(), scale.grad
+
+    assert_close(losses(fastnn.fuse, 1 - 1e-7), losses(lambda model: model, 1 - 1e-7), rtol=1e-6, atol=1e-9)
+    for last in (-1e-7, 1.5, math.nan):
+        with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+            losses(fastnn.fuse, last)
+
+
+def test_targets_that_are_no_probabilities() -> None:
+    """Torch's loss takes them or refuses them, as the version of torch does."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()).double()
+    stock = copy.deepcopy(model)
+    step = fastnn.training_step(model, nn.BCELoss(), torch.optim.SGD(model.parameters(), 0.1))
+    for target in (SHARES, Y, SHARES):
+        expected: Any = None
+        try:
+            expected = F.binary_cross_entropy(stock(X), target).detach()
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)):
+                step(X, target)
+        else:
+            assert_close(step(X, target), expected)
+        stock.load_state_dict(model.state_dict())
 
 
 def test_a_penalty_on_parameters() -> None:

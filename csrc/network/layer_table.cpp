@@ -45,6 +45,7 @@ const std::vector<LayerEntry>& layer_entries() {
         binary_entry(),
         where_entry(),
         lerp_entry(),
+        binary_cross_entropy_entry(),
         cast_entry(),
         softmax_entry(),
         layer_norm_entry(),

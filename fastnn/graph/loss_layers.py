@@ -107,6 +107,35 @@ def _binary_cross_entropy_with_logits(
     _reduce(read, node, losses, reduction, size_average, reduce)
 
 
+@row(F.binary_cross_entropy)
+def _binary_cross_entropy(
+    read: Reader, node: Node, x: Any, target: Any, weight: Any = None, size_average: Any = None, reduce: Any = None,
+    reduction: Any = "mean",
+) -> None:  # fmt: skip
+    given, wanted = _pair(read, x, target, weight)
+    losses = read.add(None, "binary_cross_entropy", {"input": [given], "target": [wanted]})
+    _reduce(read, node, losses, reduction, size_average, reduce)
+
+
+@row(F.poisson_nll_loss)
+def _poisson_nll_loss(
+    read: Reader, node: Node, x: Any, target: Any, log_input: Any = True, full: Any = False, size_average: Any = None,
+    eps: Any = 1e-8, reduce: Any = None, reduction: Any = "mean",
+) -> None:  # fmt: skip
+    """rate - target log rate; the input is the rate, or its logarithm."""
+    if full is not False or type(log_input) is not bool or type(eps) is not float:
+        raise NotANetworkError("a Poisson loss has Stirling's approximation, or settings that are tensors")
+    given, wanted = _pair(read, x, target, None)
+    if log_input:
+        rate, logarithm = read.add(None, "activation", {"input": [given]}, activation="exp"), given
+    else:
+        some = read.add(None, "binary", {"input": [given]}, function="add", number=eps)
+        rate, logarithm = given, read.add(None, "unary", {"input": [some]}, function="log")
+    expected = read.add(None, "binary", {"input": [wanted], "other": [logarithm]}, function="mul")
+    losses = read.add(None, "binary", {"input": [rate], "other": [expected]}, function="sub")
+    _reduce(read, node, losses, reduction, size_average, reduce)
+
+
 @row(F.cross_entropy)
 def _cross_entropy(
     read: Reader, node: Node, x: Any, target: Any, weight: Any = None, size_average: Any = None,
@@ -233,6 +262,19 @@ def _bce_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> N
         read, node, x, target, weight=module.weight, reduction=module.reduction, pos_weight=module.pos_weight
     )
     read.note(module, "reduction", "weight", "pos_weight")
+
+
+@module_row(nn.BCELoss)
+def _bce_of_probabilities(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
+    _binary_cross_entropy(read, node, x, target, weight=module.weight, reduction=module.reduction)
+    read.note(module, "reduction", "weight")
+
+
+@module_row(nn.PoissonNLLLoss)
+def _poisson_module(read: Reader, node: Node, module: Any, x: Any, target: Any) -> None:
+    settings = {name: getattr(module, name) for name in ("log_input", "full", "eps", "reduction")}
+    _poisson_nll_loss(read, node, x, target, **settings)
+    read.note(module, *settings)
 
 
 @module_row(nn.CrossEntropyLoss)

@@ -108,6 +108,7 @@ _READ_AGAIN: dict[str, Sequence[str]] = {
     "attention": ("query", "key", "value", "mask"),
     "where": ("condition",),
     "lerp": ("input", "other", "amount"),
+    "binary_cross_entropy": ("input", "target"),
     "rnn": ("input", "h", "c", "weights"),
 }
 

@@ -377,6 +377,9 @@ LAYERS: dict[str, Callable[[TextLine, Taken], list[Tensor]]] = {
     "binary": _binary,
     "where": _where,
     "lerp": lambda line, taken: [torch.lerp(*(_one(taken, name) for name in ("input", "other", "amount")))],
+    "binary_cross_entropy": lambda line, taken: [
+        F.binary_cross_entropy(_one(taken, "input"), _one(taken, "target"), reduction="none")
+    ],
     "cast": lambda line, taken: [_one(taken, "input") * 1.0],
     "dropout": lambda line, taken: [_one(taken, "input") * 1.0],
     "noise": _noise,

@@ -117,6 +117,41 @@ class LerpLayer : public Layer<T> {
   }
 };
 
+// The binary cross entropy of each element: -target log(x) - (1 - target) log(1 - x), where a logarithm is -100 at
+// least, as in torch.nn.functional. x, target: `count` elements from 0 to 1.
+template <class T>
+void binary_cross_entropies(const T* x, const T* target, int64_t count, T* to) {
+  bool all_between = true;
+  for (int64_t i = 0; i < count; ++i) all_between &= x[i] >= 0 && x[i] <= 1 && target[i] >= 0 && target[i] <= 1;
+  FASTNN_CHECK(all_between, "all elements of input and target should be between 0 and 1");
+  constexpr double kTwoLogarithms = 40;  // the cost of an element, in multiply-adds
+  parallel_range(count, kTwoLogarithms, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const T t = target[i];
+      // Targets are mostly 0 or 1, for which one of the logarithms has no part in the result.
+      const T of_one = t == 0 ? T(0) : t * std::max(std::log(x[i]), T(-100));
+      const T of_zero = t == 1 ? T(0) : (t - 1) * std::max(std::log1p(-x[i]), T(-100));
+      to[i] = of_zero - of_one;
+    }
+  });
+}
+
+template <class T>
+class BinaryCrossEntropyLayer : public Layer<T> {
+ public:
+  BinaryCrossEntropyLayer(const ProgramLine& line, const Weights<T>&) {
+    this->inputs = {line.input("input"), line.input("target")};
+  }
+  void set_sizes(Site<T>& site) const override {
+    site.outputs[0].sizes = site.sizes(0);
+    FASTNN_CHECK(site.sizes(0) == site.sizes(1), "expected a target of size ", to_string(site.sizes(0)), ", got ",
+                 to_string(site.sizes(1)));
+  }
+  void run(const LayerCall<T>& call) const override {
+    binary_cross_entropies(call.input(0), call.input(1), call.site.outputs[0].count(), call.output(0));
+  }
+};
+
 // x where it is above zero, else x times a weight: one for all elements, or one for each channel (dimension 1).
 template <class T>
 class PreluLayer : public Layer<T> {
@@ -320,6 +355,9 @@ inline LayerEntry cast_entry() {
 }
 inline LayerEntry lerp_entry() {
   return layer_entry<LerpLayer>("lerp", {"input", "other", "amount"}, {});
+}
+inline LayerEntry binary_cross_entropy_entry() {
+  return layer_entry<BinaryCrossEntropyLayer>("binary_cross_entropy", {"input", "target"}, {});
 }
 inline LayerEntry where_entry() {
   return layer_entry<WhereLayer>("where", {"condition", "input?", "other?"}, {{"number", "float", "0"}});

@@ -296,6 +296,41 @@ class LerpTraining : public TrainingLayer<T> {
   }
 };
 
+// The derivative by x is (x - target) / (x (1 - x)), where torch has a divisor of 1e-12 at least, and that by the
+// target is log(1 - x) - log(x).
+template <class T>
+class BinaryCrossEntropyTraining : public TrainingLayer<T> {
+ public:
+  explicit BinaryCrossEntropyTraining(const ProgramLine& line) { this->take(line, {"input", "target"}); }
+  void forward(Tensor* outputs) override {
+    FASTNN_CHECK(same_sizes(this->given[0], this->given[1]), kTrainingStep, ": expected a target of size ",
+                 to_string(this->given[0].sizes()), ", got ", to_string(this->given[1].sizes()));
+    const Tensor x = dense(this->given[0]), target = dense(this->given[1]);
+    outputs[0] = new_tensor(sizes_of(x), kDtypeOf<T>);
+    binary_cross_entropies(data<T>(x), data<T>(target), x.numel(), mutable_data<T>(outputs[0]));
+  }
+  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
+    const Tensor input = dense(this->given[0]);
+    if (wanted[0]) {
+      const Tensor wanted_of = dense(this->given[1]), gradient = dense(gradients[0]);
+      const T *const x = data<T>(input), *const target = data<T>(wanted_of), *const of = data<T>(gradient);
+      Tensor result = new_tensor(sizes_of(input), kDtypeOf<T>);
+      T* const to = mutable_data<T>(result);
+      parallel_range(result.numel(), kActivationWork, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          to[i] = of[i] * (x[i] - target[i]) / std::max((1 - x[i]) * x[i], T(1e-12));
+        }
+      });
+      results[0] = {std::move(result), nullptr, true};
+    }
+    if (wanted[1]) {
+      const Tensor of_zero = stock("aten::log1p", "", combined<T>(BinaryKind::mul, input, T(-1), false));
+      const Tensor logits = combined<T>(BinaryKind::sub, of_zero, stock("aten::log", "", input));
+      results[1].tensor = combined<T>(BinaryKind::mul, gradients[0], logits);
+    }
+  }
+};
+
 // prelu: forward by torch, whose backward takes four times as long as this one.
 template <class T>
 class PreluTraining : public TrainingLayer<T> {

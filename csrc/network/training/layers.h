@@ -33,6 +33,7 @@ std::unique_ptr<TrainingLayer<T>> training_layer(const ProgramLine& line) {
       {"binary", make_training<BinaryTraining, T>},
       {"where", make_training<WhereTraining, T>},
       {"lerp", make_training<LerpTraining, T>},
+      {"binary_cross_entropy", make_training<BinaryCrossEntropyTraining, T>},
       {"dropout", make_training<DropoutTraining, T>},
       {"noise", make_training<NoiseTraining, T>},
       {"softmax", make_training<SoftmaxTraining, T>},
