@@ -137,7 +137,6 @@ def _operator_name(target: Any) -> str:
 # What a forward may do that ends its trace. The reasons are those of the code.
 UNTRACED = (
     "try: x = f(x)\n except ValueError: pass",
-    "with torch.no_grad(): x = f(x)",
     "global calls; calls = 1",
     "return x is y",
     "match x:\n  case [first, *rest]: return first",

@@ -37,7 +37,6 @@ class Binding:
         max_norm: float | None,
         keep_gradients: bool,
     ) -> None:
-        self.tensors = tensors  # in the order of the reading
         self.parameters = parameters = reading.of_program(tensors)
         self.states: list[Tensor] = []  # the optimizer's states, in the order in which the operators take them
         self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
@@ -50,8 +49,8 @@ class Binding:
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
         places = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         try:
-            for p in parameters:
-                group = places.get(id(p), -1) if p.requires_grad else -1
+            for p, has_gradient in zip(parameters, reading.has_gradients, strict=True):
+                group = places.get(id(p), -1) if p.requires_grad and has_gradient else -1
                 self.layout += [group, self._take_states(p, self._kept[group]) if group >= 0 else 0]
         except BaseException:
             self.undo()

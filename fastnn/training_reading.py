@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastnn._torch import HOOKS
 from fastnn.graph.forward import FusedForward, Trace
 from fastnn.graph.training_program import NotANetworkError, TrainingProgram, training_program_of
+from fastnn.ops.network_training import weights_with_gradients
 from fastnn.training_loss import Form, tensors_of_target, with_loss
 from fastnn.training_numbers import (
     LOSS_OF_PROGRAM,
@@ -78,10 +79,14 @@ class Reading:
             raise NotANetworkError(getattr(forward, "why", None) or "the model cannot be traced")
         check_optimizer(optimizer)
         self.network: TrainingProgram = training_program_of(model, trace)
+        self.has_gradients = weights_with_gradients(self.network.text)  # whether each weight of the program has one
+        if not any(self.has_gradients):
+            raise NotANetworkError("what the model returns depends on no parameter")
         self._model, self._forward, self._trace = model, forward, trace
         self.owners = [own for own, _ in self.network.sources]
         self._names = [name for _, name in self.network.sources]
-        self.check(self.tensors(), optimizer)
+        self.tensors_when_read = self.tensors()
+        self.check(self.tensors_when_read, optimizer)
 
     def check(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Raises NotANetworkError where the operators do not support the parameters."""
@@ -159,7 +164,8 @@ class ReadingWithLoss(Reading):
         self._read(whole, optimizer, before, None if inputs is None else self.given(inputs, target))
         if not self.network.gives_one or self.network.log_softmax is not None:
             raise NotANetworkError("the loss is not one number")
-        if not any(tensor.requires_grad for tensor in self.of_program(self.tensors())):
+        weights = self.of_program(self.tensors())
+        if not any(tensor.requires_grad and has for tensor, has in zip(weights, self.has_gradients, strict=True)):
             raise NotANetworkError("the loss depends on no parameter")
         self.loss_numbers, self.loss_weight, self.loss_why = [LOSS_OF_PROGRAM, 0.0, 0.0, 0.0], None, ""
 
@@ -192,6 +198,7 @@ class UpdateReading:
         check_optimizer(optimizer)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         check_parameters(self._parameters, optimizer)
+        self.has_gradients = [True] * len(self._parameters)
 
     def tensors(self) -> list[Tensor]:
         return self._parameters

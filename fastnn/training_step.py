@@ -543,8 +543,8 @@ class TrainingStep:
             if binding is not None and holds and binding.settings_fit():
                 return reading, binding
             tensors = reading.tensors()
-            if binding is not None and list(map(id, tensors)) != list(map(id, binding.tensors)):
-                self._read(anew=True)  # they may be of other sizes
+            if list(map(id, tensors)) != list(map(id, reading.tensors_when_read)):
+                self._read(anew=True)  # they may be of other sizes, and no longer one tensor at two places
                 return None if self._reading is None else self._bind()
             check_optimizer(optimizer)
             reading.check(tensors, optimizer)

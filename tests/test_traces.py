@@ -227,6 +227,60 @@ def test_a_bias_that_is_deleted_is_missed_as_stock_misses_it() -> None:
             model(rows())
 
 
+class Penalty(nn.Module):
+    """A module that a forward finds by a name, and which is none of its submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loss, self.drop, self.fc = nn.HuberLoss(reduction="none"), nn.Dropout(0.5), nn.Linear(8, 8)
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.drop(self.fc(self.loss(x, y)) * self.scale)
+
+
+PENALTIES: dict[str, Any] = {"k": Penalty()}
+OTHERS: dict[str, Change] = {
+    "another module": lambda m: setattr(m, "fc", nn.Linear(8, 8, bias=False)),
+    "a setting": lambda m: setattr(m.loss, "delta", 0.1),
+    "its mode": lambda m: m.eval(),
+    "a buffer": lambda m: setattr(m, "scale", torch.arange(8.0)),
+    "a buffer in place": lambda m: m.scale.mul_(3),
+    "a weight": lambda m: setattr(m.fc, "weight", nn.Parameter(torch.eye(8))),
+    "no bias": lambda m: setattr(m.fc, "bias", None),
+    "a hook": lambda m: m.fc.register_forward_hook(lambda layer, args, result: result * 2),
+    "a forward of its own": lambda m: setattr(m.loss, "forward", lambda x, y: x - y),
+    "a parametrization": lambda m: nn.utils.parametrizations.spectral_norm(m.fc),
+    "another that the name finds": lambda m: PENALTIES.update(k=nn.L1Loss(reduction="none")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_modules_that_are_no_submodules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    penalty = Penalty()
+    monkeypatch.setitem(PENALTIES, "k", penalty)
+
+    class Uses(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + PENALTIES["k"](self.a(x)[:, :8], x) + nn.MSELoss()(x, x.roll(1))
+
+    stock = Uses()
+    fused, x = fused_copy(stock), rows()
+    for number in range(4):
+        results = []
+        for model in (stock, fused):
+            torch.manual_seed(number)
+            result = model(x)
+            model.zero_grad(), penalty.zero_grad()
+            result.square().sum().backward()
+            results.append((result, [p.grad for p in (*model.parameters(), *penalty.parameters())]))
+        assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+        if number == 1:
+            assert is_traced(fused)
+            OTHERS[name](penalty)
+
+
 class Writes(nn.Module):
     def __init__(self, write: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()

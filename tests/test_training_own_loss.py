@@ -126,7 +126,7 @@ LOSSES: dict[str, tuple[Callable[[Any, Any], Tensor], Any, str]] = {
         lambda y, t: F.kl_div(F.log_softmax(y, -1), t, reduction="sum", log_target=True), F.log_softmax(Y, -1), ONE,
     ),
     "from a teacher": (
-        lambda y, t: nn.KLDivLoss(reduction="none")(F.log_softmax(y / 2, -1), F.softmax(t / 2, -1)).mean(), Y, TWO,
+        lambda y, t: nn.KLDivLoss(reduction="none")(F.log_softmax(y / 2, -1), F.softmax(t / 2, -1)).mean(), Y, ONE,
     ),
     "of probabilities": (lambda y, t: F.binary_cross_entropy(torch.sigmoid(y), t), SHARES, ONE),
     "of probabilities, each": (
@@ -195,7 +195,7 @@ def test_one_of_the_results_alone() -> None:
 @pytest.mark.parametrize("module", [nn.BCELoss(), nn.BCELoss(reduction="sum"), nn.PoissonNLLLoss(log_input=False)])
 def test_losses_of_probabilities_and_rates(module: nn.Module) -> None:
     _check(lambda model: lambda results, target: results[1].square().mean() + module(results[0].sigmoid(), target),
-           SHARES, TWO, Heads)  # fmt: skip  # (a module that a function calls)
+           SHARES, ONE, Heads)  # fmt: skip
 
     class Ends(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def test_what_changes_between_steps() -> None:
     def set_delta(number: int) -> None:
         module.delta = 0.5 + number
 
-    _check(lambda model: lambda y, t: module(y, t).sum(), Y, TWO, change=set_delta)
+    _check(lambda model: lambda y, t: module(y, t).sum(), Y, ONE, change=set_delta)
 
 
 def test_another_loss_and_another_form_of_target() -> None:

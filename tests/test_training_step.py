@@ -453,6 +453,27 @@ def test_targets_of_any_kind() -> None:
     check_same((mine, ours), (model, theirs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_weights_that_are_tied_or_no_longer(steps: int, ties: bool, optimizer: str) -> None:
+    """After any number of steps, of which the first creates the optimizer's states."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    if not ties:
+        model[2].weight = model[0].weight
+    mine = copy.deepcopy(model)
+    theirs, ours = (getattr(torch.optim, optimizer)(one.parameters(), 0.1) for one in (model, mine))
+    step = fastnn.training_step(mine, F.mse_loss, ours, strict=True)
+    for number in range(steps + 3):
+        if number == steps:
+            for one in (model, mine):
+                one[0].weight = one[2].weight if ties else nn.Parameter(torch.eye(4).double())
+        x, y = torch.randn(2, 3, 4).double()
+        assert_close(step(x, y), ordinary(model, F.mse_loss, theirs, x, y), rtol=1e-9, atol=1e-12)
+    assert_close(mine.state_dict(), model.state_dict(), rtol=1e-9, atol=1e-12)
+
+
 def test_a_loss_that_uses_parameters_by_itself() -> None:
     """A penalty: its gradient must not get lost."""
     torch.manual_seed(0)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from fastnn._torch import pytree
 from fastnn.nn._hooks import has_own_call, layer_class
 
 
@@ -30,6 +31,11 @@ def unpack(values: Any, count: int) -> tuple[Any, ...]:
     if len(result) < count:
         raise ValueError(f"not enough values to unpack (expected {count}, got {len(result)})")
     return result
+
+
+def detached(value: Any) -> Any:
+    """What comes out of a ``torch.no_grad()`` block: tensors, alone or in a tuple, are detached."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 
 def follow_writes(graph: Graph) -> None:
@@ -70,20 +76,26 @@ class Order:
         writers = [node for node in self.writes if self.place[node] > first and node not in nodes]
         if not writers:
             return False
-        while self._may_be_view(value) and value.all_input_nodes:
-            value = value.all_input_nodes[0]
-        aliases = {value}
+        aliases = {self.root(value)}
         for node in self.place:  # in their order
             if self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes):
                 aliases.add(node)
         return any(not aliases.isdisjoint(self._may_be_written_by(writer)) for writer in writers)
 
+    def root(self, value: Node) -> Node:
+        """The node that made the memory in which a value may lie."""
+        while self._may_be_view(value) and value.all_input_nodes:
+            value = value.all_input_nodes[0]
+        return value
+
+    def roots_written_by(self, writer: Node) -> list[Node]:
+        """The nodes that made the memory which a node that writes may change."""
+        return [self.root(value) for value in self._may_be_written_by(writer)]
+
     def may_be_new(self, writer: Node, value: Node) -> bool:
         """Whether a node that changes a value in place may give a new tensor instead: no other node takes the old one,
         and nothing outside the graph has it."""
-        root = value
-        while self._may_be_view(root) and root.all_input_nodes:
-            root = root.all_input_nodes[0]
+        root = self.root(value)
         if root.op in ("placeholder", "get_attr"):
             return False
         aliases = {root}
@@ -140,6 +152,8 @@ _MAKES_NEW = frozenset(
         *("mse_loss", "l1_loss", "cross_entropy", "nll_loss", "size", "dim", "numel"),
         *("empty", "zeros", "ones", "full", "rand", "randn", "empty_like", "full_like"),
         *("new_empty", "new_zeros", "new_ones", "new_full"),
+        *("max", "min", "maximum", "minimum", "clamp", "where", "abs", "norm", "std", "var", "sort", "argsort", "topk"),
+        *("cumsum", "logsumexp", "cdist", "one_hot", "normalize"),
     }
 )
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from fastnn.graph.order import detached
 from fastnn.graph.prologue import name_of_target
 from fastnn.graph.reader import NotANetworkError, Reader, module_row, only_first_is_taken, row
 from fastnn.network_program import Value
@@ -321,7 +322,7 @@ def _cosine_similarity_module(read: Reader, node: Node, module: Any, x1: Any, x2
     read.note(module, "dim", "eps")
 
 
-@row("detach", torch.detach)
+@row("detach", torch.detach, detached)
 def _detach(read: Reader, node: Node, x: Any) -> None:
     read.add(node, "detach", {"input": [read.data(x)]})
 

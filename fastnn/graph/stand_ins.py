@@ -28,6 +28,10 @@ def is_a(value: Any, kinds: type | tuple[type, ...]) -> bool:
     return issubclass(type(value), kinds)
 
 
+# What a tensor cannot be asked for in a ``torch.no_grad()`` block, which a graph runs with gradients.
+_NOT_WITHOUT_GRADIENTS = ("requires_grad", "requires_grad_", "is_leaf")
+
+
 class Traced(fx.Proxy):
     """A value that only a call knows."""
 
@@ -44,7 +48,8 @@ class Traced(fx.Proxy):
 
     def of_tensor(self, name: str) -> Any:
         """A tensor's attribute, or one of a tuple with names that a function of torch gives."""
-        if name in WRITERS or name.startswith("__"):
+        is_refused = name in _NOT_WITHOUT_GRADIENTS and self.tracer.no_grad_blocks > 0
+        if name in WRITERS or name.startswith("__") or is_refused:
             self.tracer.refuse(f"it asks a tensor for {name}")
         if name in SIZE_ATTRIBUTES and (known := self.tracer.size(self.node, name)) is not None:
             return known
@@ -145,6 +150,12 @@ class StandIn:
 
     def __delitem__(self, index: Any) -> None:
         _tracer_of(self).refuse(f"it deletes an item of a {class_name(self)}")
+
+    def __enter__(self) -> Any:
+        _tracer_of(self).refuse(f"it has a with block of a {class_name(self)}")
+
+    def __exit__(self, *_: Any) -> None:
+        pass
 
     def __eq__(self, other: Any) -> Any:
         return _tracer_of(self).is_equal(self, other)

@@ -42,8 +42,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fastnn._torch import HOOKS
 from fastnn.graph.guard import ABSENT, CONSTANTS, Cell, Guard, Held, is_constant
 from fastnn.graph.matcher import computes_only
-from fastnn.graph.order import unpack
-from fastnn.graph.sizes import RESIZING_METHODS, Sizes
+from fastnn.graph.order import Order, detached, unpack
+from fastnn.graph.sizes import RESIZING_METHODS, SIZE_ATTRIBUTES, Sizes
 from fastnn.graph.stand_ins import (
     ClassStandIn,
     FixedDict,
@@ -72,6 +72,7 @@ from fastnn.graph.understood import (
     why_not_run,
 )
 from fastnn.nn._hooks import layer_class, own_methods
+from fastnn.ops._autograd import forward_mode_is_on
 
 
 class UntraceableError(Exception):
@@ -92,6 +93,19 @@ class Fused:
     """What stands in the place of a fused module's ``forward``."""
 
     __slots__ = ()
+
+
+class _NoGradBlock:
+    """What ``torch.no_grad()`` gives in traced code."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def __enter__(self) -> None:
+        self._tracer.no_grad_blocks += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self._tracer.no_grad_blocks -= 1
 
 
 class Tracer(fx.Tracer):
@@ -117,6 +131,8 @@ class Tracer(fx.Tracer):
         self._has_maybe_none = self._asks_for_none = False
         self._count = 0  # of the calls in a trace for certain sizes
         self._recomputed: set[int] = set()  # layers whose hooks have set attributes of theirs
+        self.no_grad_blocks = 0  # how many of them the code is in
+        self._without_gradient: set[fx.Node] = set()  # made in such blocks
         self._builtins: dict[str, Any] = {
             "isinstance": self._isinstance,
             "getattr": self._getattr,
@@ -139,9 +155,36 @@ class Tracer(fx.Tracer):
         if self.refused is not None:
             raise self.refused
         self.graph.output(self.create_arg(self._given_back(result, set())))
+        if self._without_gradient:
+            self._stop_gradients()
         if self.sizes is not None:
             self.sizes.note_in(self.guard)
         return self.graph
+
+    def _stop_gradients(self) -> None:
+        """Detaches what comes out of ``torch.no_grad()`` blocks. A block may give nothing that lies in memory which was
+        made outside, because that may be the same tensor, whose gradient is recorded; and it may change no such memory
+        in place, because the change has no part in a gradient."""
+        if forward_mode_is_on():
+            self.refuse("it has a block without gradients, which does not end those of forward mode")
+        self.guard.note_call(forward_mode_is_on, (), False)
+        modules, made = dict(self.root.named_modules()), self._without_gradient
+        order = Order(self.graph, modules)
+        for writer in order.writes:
+            # Other layers change statistics of their own alone, as they do where gradients are recorded.
+            is_layer = writer.op == "call_module" and not getattr(modules[str(writer.target)], "inplace", False)
+            if writer in made and not is_layer and not made.issuperset(order.roots_written_by(writer)):
+                self.refuse("it changes a tensor in place where no gradients are recorded")
+        for node in list(self.graph.nodes):
+            outside = [user for user in node.users if user not in made]
+            if node not in made or not outside:
+                continue
+            if order.root(node) not in made and not (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES):
+                self.refuse("where no gradients are recorded, it makes another view of a tensor")
+            with self.graph.inserting_after(node):
+                stopped = self.graph.call_function(detached, (node,))
+            for user in outside:
+                user.replace_input_with(node, stopped)
 
     def refuse(self, why: str) -> NoReturn:
         """Ends the trace, even if somebody swallows the exception."""
@@ -156,6 +199,8 @@ class Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
         made = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        if self.no_grad_blocks and kind.startswith("call"):
+            self._without_gradient.add(made.node)
         if self.sizes is not None and kind in ("call_function", "call_method"):
             self._count += 1
             if self._count > _MOST_NODES:
@@ -559,6 +604,8 @@ class Tracer(fx.Tracer):
     def call(self, stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         real = real_of(stand_in)
         if is_a(stand_in, Primitive):
+            if real is torch.is_grad_enabled and self.no_grad_blocks:
+                return False
             if real in mode_functions():
                 value = real(*args, **kwargs)
                 if kwargs or not is_constant(value) or not all(map(is_constant, args)):
@@ -576,6 +623,11 @@ class Tracer(fx.Tracer):
         if is_a(stand_in, ClassStandIn):
             if real in PURE_CLASSES:
                 return real(*args, **kwargs)
+            if real is torch.no_grad and not args and not kwargs:
+                return _NoGradBlock(self)
+            is_plain = all(map(is_constant, (*args, *kwargs.values())))
+            if is_plain and real.__module__ in _MODULES_OF_LAYERS_WITHOUT_WEIGHTS:
+                return self.stand_in(Instance, real(*args, **kwargs))
             self.refuse(f"it makes a {real.__name__}")
         if is_a(stand_in, Instance):
             if is_a(real, nn.Module):
@@ -602,10 +654,10 @@ class Tracer(fx.Tracer):
         """Calls a module: a layer of torch becomes a node, any other module's forward is run."""
         self.read()
         own = module.__dict__
-        if module not in self.places:
-            self.refuse(f"it calls a {type(module).__name__} that is none of its submodules")
         if is_a(module, nn.modules.lazy.LazyModuleMixin):
             self.refuse(f"{self._name(module)} is lazy")
+        if module not in self.places:
+            return self._call_other(module, args, kwargs)
         is_layer = layer_class(type(module)) is not None or is_a(module, torch.jit.ScriptModule)
         if is_layer and not is_a(module, torch.jit.ScriptModule) and own_methods(module) - {"forward"}:
             return self._call_opaque(module, args, kwargs, "it has methods of its own")
@@ -626,6 +678,8 @@ class Tracer(fx.Tracer):
         return self._call_inlined(module, args, kwargs)
 
     def _call_as_node(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+        if self.no_grad_blocks and any(is_a(part, _WITH_FAST_PATHS) for part in module.modules()):
+            self.refuse(f"{self._name(module)} computes in another way where no gradients are recorded")
         if is_a(module, nn.MultiheadAttention):
             self._note_maybe_none()
         for part in module.modules():
@@ -663,8 +717,24 @@ class Tracer(fx.Tracer):
         self.inlined.append(module)
         return result
 
+    def _call_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the forward of a module that is none of the submodules, such as a loss that a function uses. No path
+        leads a node to it, so that its forward is run even where it is a layer of torch, and it must be traceable."""
+        own = module.__dict__
+        usual = type(module).__call__ is nn.Module.__call__ and own.get("_compiled_call_impl") is None
+        if not usual or any(own[name] for name in HOOKS) or is_a(module, torch.jit.ScriptModule):
+            self.refuse(f"it calls a {type(module).__name__} that is none of its submodules, and has hooks, or a call "
+                        "of its own")  # fmt: skip
+        self.guard.note_layer(module)
+        forward = own.get("forward")
+        if forward is not None and not is_a(forward, Fused):
+            return self.enter(forward, (own, "forward"))(*args, **kwargs)
+        return self.function(_class_forward(module))(self.stand_in(Instance, module), *args, **kwargs)
+
     def _call_opaque(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> Traced:
         """Calls code that is not known. It is given only tensors, because it may keep or change other objects."""
+        if self.no_grad_blocks:
+            self.refuse(f"it calls {self._name(module)} where no gradients are recorded ({why})")
         for one in (*args, *kwargs.values()):
             if not is_a(one, Traced) and not is_constant(one):
                 self.refuse(f"it hands a {type(real_of(one)).__name__} to {self._name(module)}")
@@ -795,6 +865,8 @@ class Tracer(fx.Tracer):
 
 # Constants that code generated by torch.fx returns unchanged.
 _GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+_MODULES_OF_LAYERS_WITHOUT_WEIGHTS = ("torch.nn.modules.loss", "torch.nn.modules.distance")
+_WITH_FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 # Values whose attributes need not be noted.
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
 _MOST_NODES = 8192  # of a trace whose loops follow sizes

@@ -108,7 +108,7 @@ def is_primitive(value: Any) -> bool:
 
 # Attributes, besides those of objects, that code may ask for though their names begin and end with underscores.
 _SPECIAL_NAMES = ("__class__", "__name__", "__call__", "__len__", "__getitem__", "__iter__", "__contains__", "__init__")
-_CATCHES = ("SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "PUSH_EXC_INFO", "BEFORE_WITH", "LOAD_SPECIAL")
+_CATCHES = ("SETUP_FINALLY", "SETUP_ASYNC_WITH", "BEFORE_ASYNC_WITH")
 _WRITES_GLOBALS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME")
 
 
@@ -120,8 +120,10 @@ def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         line = _line_of(instruction) or line
-        if name in _CATCHES:
-            return "it catches exceptions, or has a with block", line
+        # (The end of a with block, which is called in case of an exception, too, is none that the code catches.)
+        is_caught = before is not None and before.opname == "PUSH_EXC_INFO" and name != "WITH_EXCEPT_START"
+        if name in _CATCHES or is_caught:
+            return "it catches exceptions", line
         if name in _WRITES_GLOBALS:
             return f"it writes the global {instruction.argval}", line
         if name in ("STORE_DEREF", "DELETE_DEREF") and instruction.argval in code.co_freevars:

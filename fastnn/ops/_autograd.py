@@ -31,7 +31,7 @@ def needs_reference(input: Tensor) -> bool:
     """Whether plain PyTorch must compute the call, because the kernels do not cover it: other dtypes, forward-mode
     differentiation, and ``torch.jit.trace`` and ``torch.onnx``, whose graphs can hold no gradient written in Python and
     will be loaded where fastnn is not installed. (The operator itself refuses tensors that do not fit the input.)"""
-    if forward_ad._current_level >= 0 or (not is_compiling() and is_tracing()):
+    if forward_mode_is_on() or (not is_compiling() and is_tracing()):
         return True
     if is_exporting() and torch.onnx.is_in_onnx_export():
         return True
@@ -51,6 +51,11 @@ def is_plain(input: Tensor) -> bool:
         and not is_tracing()
         and not is_exporting()
     )
+
+
+def forward_mode_is_on() -> bool:
+    """Whether tensors may have tangents, of forward-mode differentiation."""
+    return forward_ad._current_level >= 0
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -96,6 +96,17 @@ def _ends_gradients(line: TextLine) -> bool:
     return is_comparison or line.layer in ("noise", "detach")
 
 
+def weights_with_gradients(text: str) -> list[bool]:
+    """Of each weight of a program, whether its outputs depend on it in a way that has a derivative."""
+    lines = list(read(text))
+    needed: set[str] = set()
+    for line in reversed(lines):
+        is_needed = line.layer == "output" or not needed.isdisjoint(line.outputs)
+        if is_needed and not _ends_gradients(line):
+            needed.update(one for some in line.inputs.values() for one in some)
+    return [line.outputs[0] in needed for line in lines if line.layer == "weight"]
+
+
 # Layers that multiply two of their inputs: the gradient of each is made of the other.
 _PRODUCTS = {
     **dict.fromkeys(("conv", "conv_transpose", "linear"), ("input", "weight")),
