@@ -227,6 +227,55 @@ def test_a_bias_that_is_deleted_is_missed_as_stock_misses_it() -> None:
             model(rows())
 
 
+class Slices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh())
+        self.first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[self.first : -1]:
+            x = torch.relu(layer(x))
+        for layer in reversed(self.layers):
+            x = torch.tanh(layer(x))
+        part = self.head[1:]
+        return part[:2](self.head[:-1](x)) * len(part) + self.layers[::2][1](x)
+
+
+SLICES: dict[str, Change] = {
+    "another layer": lambda m: m.layers.append(nn.Linear(8, 8)),
+    "one less": lambda m: m.layers.__delitem__(1),
+    "a layer in another's place": lambda m: m.head.__setitem__(1, nn.Sigmoid()),
+    "where the part begins": lambda m: setattr(m, "first", 2),
+    "a weight": lambda m: setattr(m.layers[2], "weight", nn.Parameter(torch.eye(8))),
+    "a hook": lambda m: m.head[2].register_forward_hook(lambda layer, args, result: result * 2),
+    "other layers": lambda m: setattr(m, "head", nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_parts_of_lists_of_layers(name: str) -> None:
+    stock = Slices()
+    fused, x = fused_copy(stock), rows()
+    fastnn.fuse(Slices())(x)  # a model that is alike
+    for number in range(4):
+        for model in (stock, fused):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        assert_close(fused(x), stock(x), rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+        if number == 1:
+            assert is_traced(fused)
+            for model in (stock, fused):
+                torch.manual_seed(1)
+                SLICES[name](model)
+
+
 class Penalty(nn.Module):
     """A module that a forward finds by a name, and which is none of its submodules."""
 

@@ -53,6 +53,8 @@ class Traced(fx.Proxy):
             self.tracer.refuse(f"it asks a tensor for {name}")
         if name in SIZE_ATTRIBUTES and (known := self.tracer.size(self.node, name)) is not None:
             return known
+        if name in ("device", "dtype") and (fixed := self.tracer.fixed_attribute(self.node, name)) is not None:
+            return fixed
         if callable(getattr(Tensor, name, None)):
             return _Attribute(self, name)
         if name not in ATTRIBUTES:

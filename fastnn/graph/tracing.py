@@ -511,6 +511,8 @@ class Tracer(fx.Tracer):
         if type(value) is types.FunctionType:
             if value is nn.Module.__call__:
                 self.refuse("it calls a module by __call__")
+            if value is nn.Module.parameters:
+                return Function(self, value, functools.partial(self._parameters_of, real))
             return self.method(value, instance)
         if type(value) is property:
             if value.fget is None:
@@ -525,6 +527,35 @@ class Tracer(fx.Tracer):
         if hasattr(type(value), "__get__"):
             self.refuse(f"it asks a {type(real).__name__} for {name}, which is a {type(value).__name__}")
         return self.enter(value, (vars(owner), name))
+
+    def _parameters_of(self, module: nn.Module, recurse: Any = True) -> Iterator[Traced]:
+        """``module.parameters()``, whose own code would ask which tensor one is."""
+        if not is_constant(recurse):
+            self.refuse("it asks for some of a module's parameters")
+        seen = set()
+        for part in module.modules() if recurse else (module,):
+            for name in ("named_parameters", "_named_members", "named_modules"):
+                if self.in_classes(type(part).__mro__, name)[0] is not nn.Module:
+                    self.refuse(f"it asks a {type(part).__name__} for parameters, in a way of its own")
+            for name in ("_parameters", "_modules"):
+                held = part.__dict__[name]
+                self.guard.note_instance(part, name, held)
+                self.guard.note_contents(held)
+            for name, tensor in part.__dict__["_parameters"].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield self._own_tensor(part, name, part.__dict__["_parameters"])
+
+    def fixed_attribute(self, node: fx.Node, name: str) -> Any:
+        """The dtype or the device of a parameter or a buffer, which each call reads again; None for other tensors."""
+        path, _, own_name = str(node.target).rpartition(".")
+        module = self.root.get_submodule(path) if node.op == "get_attr" else None
+        if module is None or not any(own_name in module.__dict__[held] for held in ("_parameters", "_buffers")):
+            return None
+        self.read()
+        found = _attribute_of(module, own_name, name)
+        self.guard.note_call(_attribute_of, (module, own_name, name), found)
+        return found
 
     def _parametrized(self, module: nn.Module, name: str) -> Traced:
         """A tensor that torch computes at each reading."""
@@ -626,8 +657,12 @@ class Tracer(fx.Tracer):
             if real is torch.no_grad and not args and not kwargs:
                 return _NoGradBlock(self)
             is_plain = all(map(is_constant, (*args, *kwargs.values())))
-            if is_plain and real.__module__ in _MODULES_OF_LAYERS_WITHOUT_WEIGHTS:
+            if is_plain and real.__module__ in _FILES_OF_LAYERS_WITHOUT_WEIGHTS and real not in _WITH_WEIGHTS:
                 return self.stand_in(Instance, real(*args, **kwargs))
+            if is_plain and real.__module__ == "numpy" and is_constant(number := real(*args, **kwargs)):
+                return number
+            if real is torch.autograd.Variable and len(args) == 1 and is_a(args[0], Traced) and not kwargs:
+                return self.node("call_method", "detach", args)
             self.refuse(f"it makes a {real.__name__}")
         if is_a(stand_in, Instance):
             if is_a(real, nn.Module):
@@ -643,10 +678,26 @@ class Tracer(fx.Tracer):
         if not is_a(stand_in, Instance):
             self.refuse(f"it uses a {type(real).__name__}")
         self.guard.note_type(real)
-        _, value = self.in_classes(type(real).__mro__, name)
+        if name == "__getitem__" and type(real) in (nn.Sequential, nn.ModuleList) and type(args[0]) is slice:
+            return self._some_layers(real, args[0])
+        owner, value = self.in_classes(type(real).__mro__, name)
+        if owner is None and name == "__reversed__":
+            length = range(self.special(stand_in, "__len__"))
+            return iter([self.special(stand_in, "__getitem__", place) for place in reversed(length)])
         if not is_a(value, types.FunctionType):
             self.refuse(f"it uses {name} of a {type(real).__name__}")
         return self.enter(value)(stand_in, *args, **kwargs)
+
+    def _some_layers(self, layers: Any, places: slice) -> StandIn:
+        """``layers[first:last]``, a new module of the same layers."""
+        if not all(map(is_constant, (places.start, places.stop, places.step))):
+            self.refuse(f"it asks for a part of a {type(layers).__name__} by values that only a call knows")
+        self.read()
+        self.in_classes(type(layers).__mro__, "__getitem__")
+        children = layers.__dict__["_modules"]
+        self.guard.note_instance(layers, "_modules", children)
+        self.guard.note_contents(children)
+        return self.stand_in(Instance, layers[places])
 
     # ---- modules ------------------------------------------------------------------------------------------------
 
@@ -865,7 +916,15 @@ class Tracer(fx.Tracer):
 
 # Constants that code generated by torch.fx returns unchanged.
 _GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-_MODULES_OF_LAYERS_WITHOUT_WEIGHTS = ("torch.nn.modules.loss", "torch.nn.modules.distance")
+# The files of torch's layers that a forward may make for itself, but for those that have weights.
+_FILES_OF_LAYERS_WITHOUT_WEIGHTS = tuple(
+    f"torch.nn.modules.{name}"
+    for name in (
+        *("activation", "distance", "dropout", "flatten", "fold", "loss", "padding", "pixelshuffle", "pooling"),
+        "upsampling",
+    )
+)
+_WITH_WEIGHTS = (nn.PReLU, nn.MultiheadAttention)
 _WITH_FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 # Values whose attributes need not be noted.
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
@@ -972,6 +1031,10 @@ def input_names(forward: Callable[..., Any]) -> list[str]:
     if not names:
         raise UntraceableError("its forward takes no argument")
     return names
+
+
+def _attribute_of(module: nn.Module, tensor: str, name: str) -> Any:
+    return getattr(getattr(module, tensor), name)
 
 
 # ---- reasons --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ PURE_FUNCTIONS = frozenset(
 PURE_CLASSES = frozenset(
     {
         *(bool, complex, dict, enumerate, filter, float, frozenset, int, list, map, range, reversed, set, slice, str),
-        *(tuple, zip, torch.device, torch.Size, torch.finfo, torch.iinfo),
+        *(tuple, zip, torch.device, torch.Size, torch.finfo, torch.iinfo, functools.partial),
     }
 )
 # Methods of tensors that do more than compute, or give what is no tensor.
