@@ -805,9 +805,14 @@ HOSTILE_LINES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def frozen_autoencoder() -> fastnn.FrozenModel:
+    return fastnn.freeze(*make("autoencoder"))
+
+
 @pytest.mark.parametrize("line", HOSTILE_LINES)
-def test_a_line_that_does_not_fit_is_refused(line: str) -> None:
-    frozen = fastnn.freeze(*make("autoencoder"))
+def test_a_line_that_does_not_fit_is_refused(line: str, frozen_autoencoder: fastnn.FrozenModel) -> None:
+    frozen = frozen_autoencoder
     lines = frozen.program.replace("x0", "x").split("\n")
     place = next(i for i, one in enumerate(lines) if one.startswith("linear"))
     text = "\n".join([*lines[:place], line, *lines[place:]])
