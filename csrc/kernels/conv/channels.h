@@ -33,15 +33,15 @@ FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, con
 // in parts of `longest`, since long sums would round too much. The part from 0 on begins with the bias; the others
 // are added to what stands in `to`.
 template <class E, class C = Compute<E>>
-void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets,
+void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets, Runs runs,
                 int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to, int64_t longest = kLongestSum) {
-  const int64_t width = vectors * kLanes<C>, tiles = divide_up(count, kMostRows);
+  const int64_t width = vectors * kLanes<C>, tiles = divide_up(count, most_rows<E>(vectors, runs));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
     const auto tile = channel_tiles<E>().at[vectors - 1][last - first - 1];
     for (int64_t k = first_k; k < last_k; k += longest) {
       tile({pixels + first * step, step, offsets + k, smaller(longest, last_k - k), weight + k * width,
-            k == 0 ? bias : nullptr, to + first * width, width});
+            k == 0 ? bias : nullptr, to + first * width, width, runs.from(k)});
     }
   }
 }

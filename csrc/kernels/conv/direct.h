@@ -115,6 +115,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
   } else {
     list_offsets(call, plan, numbers, offsets);
   }
+  const Runs runs = runs_of<E>(offsets, plan.depth);
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, plan.band, plan.block_parts, item);
     copy_band<In>(call, plan, band, band.image, copy);
@@ -139,7 +140,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
                                reinterpret_cast<const bfloat16x2*>(weight), pool.bias(), to);
 #endif
         } else {
-          sum_pixels<E>(block.vectors, reinterpret_cast<const Number<E>*>(pixels), numbers * step, count, offsets,
+          sum_pixels<E>(block.vectors, reinterpret_cast<const Number<E>*>(pixels), numbers * step, count, offsets, runs,
                         first_k, last_k, reinterpret_cast<const E*>(weight), pool.bias(), to);
         }
       };

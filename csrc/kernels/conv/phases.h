@@ -201,6 +201,7 @@ void run_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       }
     }
   }
+  const Runs runs = runs_of<C>(offsets, shape.depth);
   for (int64_t item = first_item; item < last_item; ++item) {
     const Band band = band_of(g, shape.band, shape.block_parts, item);
     transform_band(call, band, band.image, pad, parted, copy);
@@ -218,8 +219,8 @@ void run_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
                           (y - band.conv[1]) * g.stride[1] * shape.step[1] + first_pair * shape.step[2];
         for (int64_t point = 0; point < plan.points; ++point) {
           const int64_t at = plan.first[point] * shape.depth, depth = plan.first[point + 1] * shape.depth - at;
-          sum_pixels<C>(block.vectors, pixels, shape.step[2], pairs, offsets + at, 0, depth, weight + at * width, zeros,
-                        sums + point * point_step);
+          sum_pixels<C>(block.vectors, pixels, shape.step[2], pairs, offsets + at, runs, 0, depth, weight + at * width,
+                        zeros, sums + point * point_step);
         }
         const int64_t start = 2 * first_pair - segment.conv;  // the first pair's place in the row
         C* to = pool.ring().slot(z, y) + start * width;

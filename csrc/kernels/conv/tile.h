@@ -7,7 +7,8 @@
 // of offsets, one for each k, so that any order of channels and kernel positions is the same loop.
 //
 // A tile takes rows x vectors multiply-adds and rows + vectors + 1 loads for each k. A processor that starts two loads
-// and two multiply-adds in a cycle is then limited by multiply-adds from two vectors on.
+// and two multiply-adds in a cycle is then limited by multiply-adds from two vectors on. Where a multiplication takes a
+// lane as it takes a vector, a channel tile loads a vector of a pixel's products at once, if they lie side by side.
 #pragma once
 
 #include "../gemm.h"
@@ -71,6 +72,57 @@ FASTNN_INLINE Vec<float> add_product(Vec<float> x, Vec<float> y, Vec<float> sum,
   return multiply_add_pairs(x, y, sum);
 }
 #endif
+#if defined(__aarch64__)
+// The same with the element in a lane of a vector.
+template <int lane, class E, class C = Compute<E>>
+FASTNN_INLINE Vec<C> add_product_of_lane(Vec<C> x, Vec<C> y, Vec<C> sum) {
+#if defined(FASTNN_HAS_PAIRS)
+  if constexpr (__is_same(E, bfloat16x2)) {
+    return (Vec<C>)vbfdotq_laneq_f32((float32x4_t)sum, (bfloat16x8_t)y, (bfloat16x8_t)x, lane);
+  }
+#endif
+  return multiply_add(broadcast<C>(x[lane]), y, sum);
+}
+#endif
+
+// How the products of a list of offsets lie under a pixel: in runs of so many that lie side by side. It is known, and
+// made use of, only where a multiplication takes a lane.
+struct Runs {
+#if defined(__aarch64__)
+  int64_t length = 1, left = 1;  // of a run, and of the first one
+
+  // Of the products from number k of the list on.
+  Runs from(int64_t k) const { return {length, length - k % length}; }
+#else
+  static constexpr int64_t length = 1;
+  Runs from(int64_t) const { return {}; }
+#endif
+};
+
+// The runs of a list that was made by nested loops: the first one is as long as the others.
+template <class E>
+FASTNN_INLINE Runs runs_of([[maybe_unused]] const int64_t* offsets, [[maybe_unused]] int64_t depth) {
+  Runs runs;
+#if defined(__aarch64__)
+  constexpr int64_t numbers = sizeof(E) / sizeof(Number<E>);
+  while (runs.length < depth && offsets[runs.length] == offsets[0] + runs.length * numbers) ++runs.length;
+#endif
+  return runs;
+}
+
+// The products of a run that a channel tile takes together, a vector of each pixel, and the most rows of such a tile:
+// the weight's vectors of all these products, and those of two pixels, take registers too.
+template <class E>
+constexpr int kLoadedTogether = kLanes<Compute<E>>;
+template <class E>
+constexpr int most_rows_of_runs(int vectors) {
+  const int most = (FASTNN_VECTOR_REGISTERS - 2) / vectors - kLoadedTogether<E>;
+  return most < kMostRows ? most : kMostRows;
+}
+template <class E>
+FASTNN_INLINE int64_t most_rows(int vectors, Runs runs) {
+  return runs.length < kLoadedTogether<E> ? kMostRows : most_rows_of_runs<E>(vectors);
+}
 
 // Sums of a channel tile: to[p * to_step + lane] (+)= sum over k of pixels[p * step + offsets[k]] * weight[k][lane].
 template <class E>
@@ -84,6 +136,7 @@ struct ChannelTile {
   const C* bias;    // [vectors x lanes], added to the sums; null: the sums are added to what stands in `to`
   C* to;
   int64_t to_step;
+  Runs runs;
 };
 
 // Sums of `tiles` pixel tiles side by side: to[o * to_step + lane] (+)= sum over k of weight[k][o] *
@@ -159,6 +212,39 @@ FASTNN_INLINE void add_products(const C* left, const Vec<C> (&right)[vectors], V
 #endif
 }
 
+#if defined(__aarch64__)
+// Adds the products of a run that are taken together, which begin at an offset and with a row of the weight.
+template <int rows, int vectors, class E, class C = Compute<E>>
+FASTNN_INLINE void add_together(const Number<E>* const (&pixels)[rows], int64_t offset, const E* weight,
+                                Vec<C> (&sums)[rows][vectors]) {
+  Vec<C> right[kLoadedTogether<E>][vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLoadedTogether<E>; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      right[i][v] = load(weight + (i * vectors + v) * kLanes<C>);
+      keep_in_register(right[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    Vec<C> left;
+    __builtin_memcpy(&left, pixels[r] + offset, sizeof(left));
+    const auto add_lane = [&](auto lane) __attribute__((always_inline)) {
+      constexpr int i = decltype(lane)::value;
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[r][v] = add_product_of_lane<i, E>(left, right[i][v], sums[r][v]);
+    };
+    add_lane(Constant<0>{});
+    add_lane(Constant<1>{});
+    if constexpr (kLoadedTogether<E> == 4) {
+      add_lane(Constant<2>{});
+      add_lane(Constant<3>{});
+    }
+  }
+}
+#endif
+
 template <int rows, int vectors, class E>
 void channel_tile(const ChannelTile<E>& call) {
   using C = Compute<E>;
@@ -175,24 +261,41 @@ void channel_tile(const ChannelTile<E>& call) {
     if constexpr (kPointsAtRows) keep_in_register(pixels[r]);
   }
   const E* weight = call.weight;
-  for (; offsets != end; ++offsets) {
-    const int64_t offset = *offsets;
-    const Number<E>* from = pixels[0] + offset;
-    Vec<C> right[vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      right[v] = load(weight + v * kLanes<C>);
-      keep_in_register(right[v]);
+  [[maybe_unused]] Runs runs = call.runs;
+  const int64_t* stop;
+  do {
+    stop = end;
+#if defined(__aarch64__)
+    if constexpr (rows <= most_rows_of_runs<E>(vectors)) {
+      constexpr int together = kLoadedTogether<E>;
+      if (runs.length >= together) {
+        stop = offsets + smaller(runs.left, end - offsets);
+        runs.left = runs.length;
+        for (; stop - offsets >= together; offsets += together, weight += together * vectors * kLanes<C>) {
+          add_together<rows, vectors>(pixels, *offsets, weight, sums);
+        }
+      }
     }
-    weight += vectors * kLanes<C>;
+#endif
+    for (; offsets != stop; ++offsets) {
+      const int64_t offset = *offsets;
+      const Number<E>* from = pixels[0] + offset;
+      Vec<C> right[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        right[v] = load(weight + v * kLanes<C>);
+        keep_in_register(right[v]);
+      }
+      weight += vectors * kLanes<C>;
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      if (r > 0 && r % 4 == 0) from += 4 * step;  // four pixels are reached from one address
-      const auto left = broadcast_element(kPointsAtRows ? pixels[r % rows] + offset : from + r % 4 * step);
+      for (int r = 0; r < rows; ++r) {
+        if (r > 0 && r % 4 == 0) from += 4 * step;  // four pixels are reached from one address
+        const auto left = broadcast_element(kPointsAtRows ? pixels[r % rows] + offset : from + r % 4 * step);
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) sums[r][v] = add_product(left, right[v], sums[r][v], kPairs);
+        for (int v = 0; v < vectors; ++v) sums[r][v] = add_product(left, right[v], sums[r][v], kPairs);
+      }
     }
-  }
+  } while (stop != end);
   C* to = call.to;
   const C* add = call.bias ? call.bias : to;
   const int64_t add_step = call.bias ? 0 : call.to_step;

@@ -265,6 +265,7 @@ class WinogradForward {
         const int64_t d = slices_first ? k / g_.in_channels : k % g_.kernel[0];
         offsets_[k] = c + d * g_.dilation[0] * slice_tiles * plan_.pitch;
       }
+      const Runs runs = runs_of<C>(offsets_, depth_);
       // The error of the input's gradient would be up to 2.5 of stock's, of sums of that length 1.6 at most (measured).
       const int64_t longest = call_.turned ? kLongestSum / 2 : kLongestSum;
       // Where each slice of input makes one slice of conv pixels, the slices lie together and are summed at once.
@@ -279,7 +280,7 @@ class WinogradForward {
           for (int64_t i = 0; i < band.images * conv_slices; i += together) {
             const int64_t slice = i / conv_slices * in_slices + i % conv_slices * g_.stride[0];
             sum_pixels<C>(block.vectors, transformed_ + (position * in_tiles + slice * slice_tiles) * plan_.pitch,
-                          plan_.pitch, together * slice_tiles, offsets_, 0, depth_,
+                          plan_.pitch, together * slice_tiles, offsets_, runs, 0, depth_,
                           weight + position * position_size<C>(g_, width), zeros_,
                           sums_ + (position * tiles + i * slice_tiles) * width, longest);
           }

@@ -131,7 +131,7 @@ class WinogradWorker {
     for (int64_t position = 0; position < kWinogradPositions; ++position) {
       for (int64_t b = blocks.first; b < blocks.last; ++b) {
         const Block block = block_of<C>(g_, b);
-        sum_pixels<C>(block.vectors, inputs_ + position * plan_.input_step(), 1, g_.in_channels, offsets_, 0, tiles,
+        sum_pixels<C>(block.vectors, inputs_ + position * plan_.input_step(), 1, g_.in_channels, offsets_, {}, 0, tiles,
                       gradients(position, block), is_first ? zeros : nullptr,
                       winograd_sums(plan_, sums, share, position, g_.in_channels, block));
       }
