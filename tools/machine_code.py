@@ -36,12 +36,16 @@ class Expected(NamedTuple):
 
 EXPECTED = [
     Expected("channel tile, 12 pixels x 2 vectors", "neon", "conv/tiles", r"\bchannel_tile<12, 2, float>", 24, 1.71),
+    Expected("channel tile in runs, 11 pixels x 2 vectors x 4 products", "neon", "conv/tiles",
+             r"\bchannel_tile<11, 2, float>", 88, 1.24),
     Expected("pixel tile, 12 outputs x 2 vectors", "neon", "conv/tiles", r"\bpixel_tile<12, 2, float>", 24, 1.42),
     Expected("window tile, 12 outputs x 2 places", "neon", "conv/tiles", r"\bwindow_tile<12, false, float>", 24, 1.5),
     Expected("panel, 12 rows x 2 vectors", "neon", "rnn_forward", r"\bmultiply_rows<12, 2, 1, false, float>", 24, 1.79),
     Expected("mlp layer, 12 rows x 2 vectors", "neon", "mlp", r"\bpacked_layer<float>.*lambda", 24, 1.7),
     Expected("channel tile in bfloat16, two products each", "neon_bf16", "conv/tiles",
              r"\bchannel_tile<12, 2, fastnn::bfloat16x2>", 24, 1.71),
+    Expected("channel tile in bfloat16 in runs, 11 pixels x 2 vectors x 4 products", "neon_bf16", "conv/tiles",
+             r"\bchannel_tile<11, 2, fastnn::bfloat16x2>", 88, 1.24),
 ]  # fmt: skip
 
 
