@@ -202,6 +202,7 @@ CASES = {
     "deep_band": case((1, 300, 24, 90), 5, (1, 1), **OVERLAPPING),
     "deep_3x3": case((1, 130, 14, 15), 34, (3, 3), padding=1),
     "deep_strided": case((1, 41, 21, 20), 40, (5, 5), stride=2, padding=2, pool=3, pool_stride=1),
+    "deep_in_runs": case((2, 100, 5, 26), 20, (2, 2), dilation=(1, 2)),  # which parts of the sums cut
     "channels_2048_bytes_apart": case((1, 512, 4, 18), 8, (2, 2)),
     # Several bands of rows and of columns; several blocks of outputs; more images than lanes.
     "bands_of_rows": case((1, 24, 90, 70), 9, (3, 3), padding=1, **OVERLAPPING),
