@@ -233,6 +233,7 @@ def test_the_first_parameter_may_change() -> None:
         lambda m: m.float(),
         lambda m: setattr(m.fc0, "weight", nn.Parameter(torch.eye(8))),
         lambda m: m.double(),
+        lambda m: setattr(m.fc0, "bias", None),
         lambda m: m.register_parameter("own", nn.Parameter(torch.zeros(1, dtype=torch.float32))),
         lambda m: m.to("meta"),
     ]

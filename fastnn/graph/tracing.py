@@ -10,6 +10,7 @@ and closures that ask the tracer for each name, so that nothing enters this worl
   noted; lists and dicts are copies that cannot be changed, whose contents are noted.
 - Functions written in Python are made anew in turn, layers and functions of torch become nodes, and a few functions of
   Python that only compute (``len``, ``math.sqrt``) are called.
+- What a ``torch.no_grad()`` block makes is detached where it is used outside of the block.
 - Everything else ends the trace, as does every write to what outlives the call, every question about a tensor's values
   that decides where the code goes on, and code that catches exceptions.
 
@@ -1034,7 +1035,7 @@ def input_names(forward: Callable[..., Any]) -> list[str]:
 
 
 def _attribute_of(module: nn.Module, tensor: str, name: str) -> Any:
-    return getattr(getattr(module, tensor), name)
+    return getattr(getattr(module, tensor, None), name, None)
 
 
 # ---- reasons --------------------------------------------------------------------------------------------------------
