@@ -474,15 +474,19 @@ def test_weights_that_are_tied_or_no_longer(steps: int, ties: bool, optimizer: s
     assert_close(mine.state_dict(), model.state_dict(), rtol=1e-9, atol=1e-12)
 
 
-def test_a_loss_that_uses_parameters_by_itself() -> None:
-    """A penalty: its gradient must not get lost."""
+@pytest.mark.parametrize("is_followed", [True, False])
+def test_a_loss_that_uses_parameters_by_itself(is_followed: bool) -> None:
+    """A penalty: its gradient must not get lost, whether the loss can be followed or not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).double()
     x, y, mine = torch.randn(3, 5).double(), torch.randn(3, 2).double(), copy.deepcopy(model)
     theirs, ours = (torch.optim.Adam(one.parameters()) for one in (model, mine))
 
     def penalized(of: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda output, target: F.mse_loss(output, target) + sum(p.square().sum() for p in of.parameters())
+        def parameters() -> list[nn.Parameter]:
+            return list(of.parameters() if is_followed else dict(of.named_parameters()).values())
+
+        return lambda output, target: F.mse_loss(output, target) + sum(p.square().sum() for p in parameters())
 
     step = fastnn.training_step(mine, penalized(mine), ours)
     for number in range(3):
@@ -490,7 +494,8 @@ def test_a_loss_that_uses_parameters_by_itself() -> None:
         expected = ordinary(model, penalized(model), theirs, x, y)
         torch.manual_seed(number)
         assert_close(step(x, y), expected)
-    assert step.explain().endswith("the loss uses parameters by itself")
+    how = step.explain()
+    assert how.startswith("one operator call") if is_followed else how.endswith("the loss uses parameters by itself")
     check_same((mine, ours), (model, theirs))
 
 
