@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastnn._torch import TENSOR_HOOKS
 from fastnn.graph.guard import ABSENT, Guard
+from fastnn.graph.training_program import NotANetworkError
 from fastnn.ops import training_step as operators
 from fastnn.training_numbers import IS_FIRST, OPTIMIZERS, check_optimizer, kept_by, new_number, numbers_of_group
 from fastnn.training_ranks import FlatGradients
@@ -52,6 +53,8 @@ class Binding:
             for p, has_gradient in zip(parameters, reading.has_gradients, strict=True):
                 group = places.get(id(p), -1) if p.requires_grad and has_gradient else -1
                 self.layout += [group, self._take_states(p, self._kept[group]) if group >= 0 else 0]
+            if isinstance(reading, Reading) and not reading.has_gradient(parameters):
+                raise NotANetworkError("what the model returns depends on no parameter that requires a gradient")
         except BaseException:
             self.undo()
             raise

@@ -80,8 +80,6 @@ class Reading:
         check_optimizer(optimizer)
         self.network: TrainingProgram = training_program_of(model, trace)
         self.has_gradients = weights_with_gradients(self.network.text)  # whether each weight of the program has one
-        if not any(self.has_gradients):
-            raise NotANetworkError("what the model returns depends on no parameter")
         self._model, self._forward, self._trace = model, forward, trace
         self.owners = [own for own, _ in self.network.sources]
         self._names = [name for _, name in self.network.sources]
@@ -91,6 +89,10 @@ class Reading:
     def check(self, tensors: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Raises NotANetworkError where the operators do not support the parameters."""
         check_parameters(self.of_program(tensors), optimizer)
+
+    def has_gradient(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the network's result requires a gradient. weights: the program's."""
+        return any(one.requires_grad and has for one, has in zip(weights, self.has_gradients, strict=True))
 
     def given(self, inputs: Sequence[Tensor], target: Any) -> Sequence[Tensor]:
         """What the network takes."""
@@ -164,8 +166,7 @@ class ReadingWithLoss(Reading):
         self._read(whole, optimizer, before, None if inputs is None else self.given(inputs, target))
         if not self.network.gives_one or self.network.log_softmax is not None:
             raise NotANetworkError("the loss is not one number")
-        weights = self.of_program(self.tensors())
-        if not any(tensor.requires_grad and has for tensor, has in zip(weights, self.has_gradients, strict=True)):
+        if not self.has_gradient(self.of_program(self.tensors())):
             raise NotANetworkError("the loss depends on no parameter")
         self.loss_numbers, self.loss_weight, self.loss_why = [LOSS_OF_PROGRAM, 0.0, 0.0, 0.0], None, ""
 

@@ -199,14 +199,14 @@ class TrainingStep:
 
     def _step_by_operators(self, input: Any, target: Any) -> Tensor | None:
         """Makes a step in one call or in two -> the loss. None where it has to go the ordinary way."""
-        bound = self._bind()
-        if bound is None:
-            return None
-        reading, binding = bound
         own = self._inputs(input)
         if self._refused.get(_dims(own), 0) >= _MOST_REFUSALS:
             self._last_why = "the operators have refused inputs of so many dimensions"
             return None
+        bound = self._bind()
+        if bound is None:
+            return None
+        reading, binding = bound
         inputs = reading.given(own, target)
         if reading.network.prologue is not None:
             try:
@@ -544,7 +544,7 @@ class TrainingStep:
                 return reading, binding
             tensors = reading.tensors()
             if list(map(id, tensors)) != list(map(id, reading.tensors_when_read)):
-                self._read(anew=True)  # they may be of other sizes, and no longer one tensor at two places
+                self._read(anew=True)  # they may be of other sizes, or be tied in another way
                 return None if self._reading is None else self._bind()
             check_optimizer(optimizer)
             reading.check(tensors, optimizer)

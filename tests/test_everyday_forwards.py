@@ -74,12 +74,6 @@ def _states_of_zeros(m: Any, x: Tensor) -> Tensor:
     return m.head(out[:, -1, :] + h[-1])
 
 
-@forward_of(*STEPS)
-def _a_state_that_requires_a_gradient(m: Any, x: Tensor) -> Tensor:
-    h = torch.zeros(1, x.shape[0], 8).requires_grad_()
-    return m.head(m.gru(x, h.detach())[0][:, -1])
-
-
 @forward_of(*ROWS)
 def _the_parameters_device(m: Any, x: Tensor) -> Tensor:
     x = x.to(next(m.parameters()).device).to(m.device)
@@ -89,6 +83,11 @@ def _the_parameters_device(m: Any, x: Tensor) -> Tensor:
 @forward_of(*ROWS)
 def _a_penalty(m: Any, x: Tensor) -> Tensor:
     return m.head(x) + 0.01 * sum(p.square().sum() for p in m.fc0.parameters())
+
+
+@forward_of(*ROWS)
+def _a_penalty_on_all(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.fc1(m.fc0(x))) + 0.01 * sum(p.square().sum() for p in m.parameters())
 
 
 @forward_of(*STEPS)
@@ -251,3 +250,27 @@ def test_the_first_parameter_may_change() -> None:
                 assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
             else:
                 assert type(found[0]) is type(found[1])
+
+
+@pytest.mark.parametrize("change", ["tied", "untied", "an iterator of its own"])
+def test_parameters_that_change(change: str) -> None:
+    """Each tensor is given once, at its first place, by what finds parameters now."""
+    function = FORWARDS["a_penalty_on_all"][0]
+    stock = Everything(function)
+    if change == "untied":
+        stock.fc1.weight = stock.fc0.weight
+    model = copy.deepcopy(stock)
+    ours, theirs = (torch.optim.SGD(one.parameters(), 0.01) for one in (model, stock))
+    step, x = fastnn.training_step(model, nn.MSELoss(), ours), torch.randn(6, 8)
+    for number in range(5):
+        if number == 2:
+            for one in (model, stock):
+                if change == "an iterator of its own":
+                    one.named_parameters = lambda *_, m=one, **__: iter([("w", m.fc0.weight)])
+                else:
+                    one.fc1.weight = one.fc0.weight if change == "tied" else nn.Parameter(torch.eye(8))
+        theirs.zero_grad()
+        expected = F.mse_loss(stock(x), torch.ones(6, 3))
+        expected.backward()
+        theirs.step()
+        assert_close(step(x, torch.ones(6, 3)), expected.detach(), rtol=1e-9, atol=1e-9)

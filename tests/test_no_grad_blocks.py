@@ -155,6 +155,47 @@ def _new_leaf(m: Any, x: Tensor) -> Tensor:
     return m.b(k)
 
 
+def _the_second_of_two(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    with torch.no_grad():
+        p, q = torch.atleast_1d(x * 2, h)  # q is h itself
+    return m.b(q) * p
+
+
+def _the_second_in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    with torch.no_grad():
+        p, q = torch.broadcast_tensors(x * 2, h)
+        q.mul_(2)
+    return m.b(h) * p
+
+
+def _tuples_that_are_added(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    with torch.no_grad():
+        both = torch.atleast_1d(h, x) + torch.atleast_1d(h, x)
+    return m.b(both[0])
+
+
+def _written_by_position(m: Any, x: Tensor) -> Tensor:
+    h, out = m.a(x), torch.zeros(5, 1)
+    with torch.no_grad():
+        torch.norm(h, 2, 1, True, out)
+    return m.b(h) * out
+
+
+def _a_leaf(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        leaf = torch.zeros(6, requires_grad=True)
+        leaf.add_(1)
+    return m.b(m.a(x)) * leaf, leaf * 2
+
+
+def _asks_for_the_class(m: Any, x: Tensor) -> Tensor:
+    block = torch.no_grad()
+    return m.b(m.a(x)) * (2.0 if isinstance(block, torch.no_grad) else 3.0)
+
+
 def _average(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     with torch.no_grad():
@@ -212,6 +253,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     "a view": (_view, True),
     "a view that leaves": (_view_that_leaves, False),
     "a new leaf": (_new_leaf, False),
+    "the second of two": (_the_second_of_two, False),
+    "the second, in place": (_the_second_in_place, False),
+    "tuples that are added": (_tuples_that_are_added, False),
+    "written by position": (_written_by_position, False),
+    "a leaf": (_a_leaf, False),
+    "the class of a block": (_asks_for_the_class, False),
     "a moving average": (_average, False),
     "a result that is asked": (_asks_a_result, False),
     "attention": (_attention, False),
@@ -251,11 +298,17 @@ def test_as_stock(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (bool(forward.traces[True]) and forward.why is None) == is_traced, forward.why
 
 
+def _sizes_alone(m: Any, x: Tensor) -> Tensor:
+    return m.b(x) + torch.zeros_like(m.a(x))
+
+
+@pytest.mark.parametrize("function", [_backbone, _sizes_alone])
 @pytest.mark.parametrize("loss", [nn.MSELoss(), lambda y, t: F.mse_loss(y, t) * 2, lambda y, t: (y - t).erfc().mean()])
 @pytest.mark.parametrize("keep_gradients", [False, True])
-def test_steps_leave_alone_what_has_no_gradient(loss: Any, keep_gradients: bool) -> None:
-    """A backbone that is not trained has neither gradients nor states, whatever decays the others."""
-    stock = Blocks(_backbone)
+def test_steps_leave_alone_what_has_no_gradient(function: Any, loss: Any, keep_gradients: bool) -> None:
+    """A backbone that is not trained has neither gradients nor states, whatever decays the others; nor has a layer of
+    whose result only the sizes are taken."""
+    stock = Blocks(function)
     model = copy.deepcopy(stock)
     ours, theirs = (torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, weight_decay=0.1) for m in (model, stock))
     step = fastnn.training_step(model, loss, ours, keep_gradients=keep_gradients)
@@ -284,6 +337,40 @@ def test_a_step_of_what_has_no_gradient_at_all() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="does not require grad"):
             step(torch.randn(5, 6), torch.randn(5, 6))
+
+
+def test_a_step_whose_trained_weights_are_frozen() -> None:
+    """What is left has no gradient, as its results are detached."""
+    model = Blocks(_backbone)
+    step = fastnn.training_step(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1))
+    step(torch.randn(5, 6), torch.randn(5, 6))
+    model.b.requires_grad_(False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            step(torch.randn(5, 6), torch.randn(5, 6))
+
+
+def test_a_weight_of_a_block_may_change_before_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a teacher, which is an average of the student."""
+    monkeypatch.setattr(stretches, "_LEAST_COST", 1)
+    monkeypatch.setattr(stretches, "_LEAST_CALLS", 1)
+    stock = Blocks(_weights_of_a_teacher)
+    fused, x = fastnn.fuse(copy.deepcopy(stock)), torch.randn(5, 6)
+    for _ in range(3):
+        for model in (stock, fused):
+            model.zero_grad()
+            loss = model(x).square().sum()
+            with torch.no_grad():
+                model.a.weight.lerp_(model.b.weight, 0.1)
+            loss.backward()
+        for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+            assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def _weights_of_a_teacher(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = torch.tanh(m.a(x))
+    return m.b(x) * target
 
 
 def test_forward_mode() -> None:

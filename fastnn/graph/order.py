@@ -76,29 +76,41 @@ class Order:
         writers = [node for node in self.writes if self.place[node] > first and node not in nodes]
         if not writers:
             return False
-        aliases = {self.root(value)}
+        aliases = self.roots(value)
         for node in self.place:  # in their order
             if self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes):
                 aliases.add(node)
         return any(not aliases.isdisjoint(self._may_be_written_by(writer)) for writer in writers)
 
-    def root(self, value: Node) -> Node:
-        """The node that made the memory in which a value may lie."""
-        while self._may_be_view(value) and value.all_input_nodes:
-            value = value.all_input_nodes[0]
-        return value
+    def roots(self, *values: Node) -> set[Node]:
+        """The nodes that may have made the memory in which values lie."""
+        found, seen, left = set(), set(values), list(values)
+        while left:
+            value = left.pop()
+            before = self._may_be_views_of(value)
+            if not before:
+                found.add(value)
+            left += [node for node in before if node not in seen]
+            seen.update(before)
+        return found
 
-    def roots_written_by(self, writer: Node) -> list[Node]:
-        """The nodes that made the memory which a node that writes may change."""
-        return [self.root(value) for value in self._may_be_written_by(writer)]
+    def _may_be_views_of(self, value: Node) -> Sequence[Node]:
+        """The nodes in whose memory a value may lie."""
+        if not self._may_be_view(value):
+            return ()
+        is_in_place = value.op == "call_method" and writes_in_place(str(value.target))
+        return self._may_be_written_by(value) if is_in_place or value.target is in_place else value.all_input_nodes
+
+    def roots_written_by(self, writer: Node) -> set[Node]:
+        """The nodes that may have made the memory which a node that writes may change."""
+        return self.roots(*self._may_be_written_by(writer))
 
     def may_be_new(self, writer: Node, value: Node) -> bool:
         """Whether a node that changes a value in place may give a new tensor instead: no other node takes the old one,
         and nothing outside the graph has it."""
-        root = self.root(value)
-        if root.op in ("placeholder", "get_attr"):
+        aliases = self.roots(value)
+        if any(root.op in ("placeholder", "get_attr") for root in aliases):
             return False
-        aliases = {root}
         for node in self.place:  # in their order
             if node is not writer and self._may_be_view(node) and not aliases.isdisjoint(node.all_input_nodes):
                 aliases.add(node)
@@ -114,6 +126,10 @@ class Order:
             return not makes_new or bool(getattr(module, "inplace", False))
         if not node.op.startswith("call"):
             return False
+        if node.target is getattr and node.args[1] in _NO_TENSORS:
+            return False
+        if node.target in (operator.add, operator.mul) and any(map(_may_be_tuple, node.all_input_nodes)):
+            return True
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         return name not in _MAKES_NEW or is_asked_to_write(node) or "out" in node.kwargs
 
@@ -130,6 +146,24 @@ class Order:
         return all(self.place[node] < self.place[first] for node in nodes)
 
 
+_NO_TENSORS = ("shape", "ndim", "dtype", "device")  # attributes of tensors
+
+
+def _may_be_tuple(node: Node) -> bool:
+    """Whether a node may give several tensors, of which a sum, or a multiple, is a longer tuple."""
+    if node.target is operator.getitem:
+        return _may_be_tuple(node.all_input_nodes[0])
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in _GIVE_SEVERAL
+
+
+_GIVE_SEVERAL = frozenset(
+    {
+        *("atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "meshgrid", "align_tensors", "unpack"),
+        *("split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "chunk", "unbind", "unsafe_split"),
+        *("unsafe_chunk", "unsafe_split_with_sizes"),
+    }
+)
 _WRITING_METHODS = ("backward", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -152,8 +186,8 @@ _MAKES_NEW = frozenset(
         *("mse_loss", "l1_loss", "cross_entropy", "nll_loss", "size", "dim", "numel"),
         *("empty", "zeros", "ones", "full", "rand", "randn", "empty_like", "full_like"),
         *("new_empty", "new_zeros", "new_ones", "new_full"),
-        *("max", "min", "maximum", "minimum", "clamp", "where", "abs", "norm", "std", "var", "sort", "argsort", "topk"),
-        *("cumsum", "logsumexp", "cdist", "one_hot", "normalize"),
+        *("max", "min", "maximum", "minimum", "clamp", "where", "abs", "std", "var", "sort", "argsort", "topk"),
+        *("cumsum", "logsumexp", "cdist", "one_hot"),
     }
 )
 

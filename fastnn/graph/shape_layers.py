@@ -292,21 +292,6 @@ def _full_like(read: Reader, node: Node, x: Any, fill_value: Any, **named: Any) 
     _note_constant(read, node, None, fill_value, read.data(x), **named)
 
 
-@row("requires_grad_")
-def _requires_grad(read: Reader, node: Node, x: Any, requires_grad: Any = True) -> None:
-    """Of a tensor that the forward makes for itself, whose gradient nobody can ask for."""
-    if not isinstance(x, Node) or x.target not in (
-        torch.zeros,
-        torch.ones,
-        torch.full,
-        "new_zeros",
-        "new_ones",
-        "new_full",
-    ):
-        raise NotANetworkError("it says that a tensor requires a gradient")
-    read.values[node] = read.value(x)
-
-
 def _note_constant(
     read: Reader, node: Node, sizes: Any, number: Any, like: Value | None = None, /, *, dtype: Any = None,
     device: Any = None, **others: Any

@@ -157,7 +157,7 @@ class StandIn:
         _tracer_of(self).refuse(f"it has a with block of a {class_name(self)}")
 
     def __exit__(self, *_: Any) -> None:
-        pass
+        """Python looks for this method before it calls ``__enter__``, which refuses."""
 
     def __eq__(self, other: Any) -> Any:
         return _tracer_of(self).is_equal(self, other)

@@ -10,7 +10,8 @@ and closures that ask the tracer for each name, so that nothing enters this worl
   noted; lists and dicts are copies that cannot be changed, whose contents are noted.
 - Functions written in Python are made anew in turn, layers and functions of torch become nodes, and a few functions of
   Python that only compute (``len``, ``math.sqrt``) are called.
-- What a ``torch.no_grad()`` block makes is detached where it is used outside of the block.
+- What a ``torch.no_grad()`` block makes is detached where it is used outside of the block. Any other with block ends
+  the trace.
 - Everything else ends the trace, as does every write to what outlives the call, every question about a tensor's values
   that decides where the code goes on, and code that catches exceptions.
 
@@ -44,7 +45,7 @@ from fastnn._torch import HOOKS
 from fastnn.graph.guard import ABSENT, CONSTANTS, Cell, Guard, Held, is_constant
 from fastnn.graph.matcher import computes_only
 from fastnn.graph.order import Order, detached, unpack
-from fastnn.graph.sizes import RESIZING_METHODS, SIZE_ATTRIBUTES, Sizes
+from fastnn.graph.sizes import RESIZING_METHODS, Sizes
 from fastnn.graph.stand_ins import (
     ClassStandIn,
     FixedDict,
@@ -172,7 +173,7 @@ class Tracer(fx.Tracer):
         modules, made = dict(self.root.named_modules()), self._without_gradient
         order = Order(self.graph, modules)
         for writer in order.writes:
-            # Other layers change statistics of their own alone, as they do where gradients are recorded.
+            # Other layers change only what is their own, as they do where gradients are recorded.
             is_layer = writer.op == "call_module" and not getattr(modules[str(writer.target)], "inplace", False)
             if writer in made and not is_layer and not made.issuperset(order.roots_written_by(writer)):
                 self.refuse("it changes a tensor in place where no gradients are recorded")
@@ -180,7 +181,7 @@ class Tracer(fx.Tracer):
             outside = [user for user in node.users if user not in made]
             if node not in made or not outside:
                 continue
-            if order.root(node) not in made and not (node.target is getattr and node.args[1] in SIZE_ATTRIBUTES):
+            if not made.issuperset(order.roots(node)):
                 self.refuse("where no gradients are recorded, it makes another view of a tensor")
             with self.graph.inserting_after(node):
                 stopped = self.graph.call_function(detached, (node,))
@@ -199,6 +200,10 @@ class Tracer(fx.Tracer):
         return self.create_proxy(op, target, args, kwargs or {})  # type: ignore[return-value]
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
+        if kind == "call_function" and len(args) > _place_of_out(target):
+            self.refuse(f"it gives {target.__name__} a tensor to write to, by position")
+        if self.no_grad_blocks and kwargs.get("requires_grad", False) is not False:
+            self.refuse("it makes a tensor that requires a gradient where no gradients are recorded")
         made = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         if self.no_grad_blocks and kind.startswith("call"):
             self._without_gradient.add(made.node)
@@ -533,19 +538,22 @@ class Tracer(fx.Tracer):
         """``module.parameters()``, whose own code would ask which tensor one is."""
         if not is_constant(recurse):
             self.refuse("it asks for some of a module's parameters")
-        seen = set()
-        for part in module.modules() if recurse else (module,):
-            for name in ("named_parameters", "_named_members", "named_modules"):
-                if self.in_classes(type(part).__mro__, name)[0] is not nn.Module:
+        for part in module.modules():
+            for name in ("modules", "named_parameters", "_named_members", "named_modules"):
+                own = part.__dict__.get(name, ABSENT)
+                self.guard.note_instance(part, name, own)
+                if own is not ABSENT or self.in_classes(type(part).__mro__, name)[0] is not nn.Module:
                     self.refuse(f"it asks a {type(part).__name__} for parameters, in a way of its own")
+        self.read()
+        places = _places_of_parameters(module, recurse)
+        self.guard.note_call(_places_of_parameters, (module, recurse), places)
+        for part, (_, names) in zip(_parts(module, recurse), places, strict=True):
             for name in ("_parameters", "_modules"):
                 held = part.__dict__[name]
                 self.guard.note_instance(part, name, held)
                 self.guard.note_contents(held)
-            for name, tensor in part.__dict__["_parameters"].items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield self._own_tensor(part, name, part.__dict__["_parameters"])
+            for name in names:
+                yield self._own_tensor(part, name, part.__dict__["_parameters"])
 
     def fixed_attribute(self, node: fx.Node, name: str) -> Any:
         """The dtype or the device of a parameter or a buffer, which each call reads again; None for other tensors."""
@@ -771,7 +779,8 @@ class Tracer(fx.Tracer):
 
     def _call_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the forward of a module that is none of the submodules, such as a loss that a function uses. No path
-        leads a node to it, so that its forward is run even where it is a layer of torch, and it must be traceable."""
+        leads a node to it, so its forward is run even where it is a layer of torch. If that cannot be traced, neither
+        can the caller."""
         own = module.__dict__
         usual = type(module).__call__ is nn.Module.__call__ and own.get("_compiled_call_impl") is None
         if not usual or any(own[name] for name in HOOKS) or is_a(module, torch.jit.ScriptModule):
@@ -869,6 +878,8 @@ class Tracer(fx.Tracer):
         return hasattr(owner, name)
 
     def _isinstance(self, value: Any, kinds: Any) -> bool:
+        if is_a(value, _NoGradBlock):
+            self.refuse("it asks for the class of a torch.no_grad()")
         wanted = _real_classes(kinds)
         if wanted is None or any(type(kind).__instancecheck__ is not type.__instancecheck__ for kind in wanted):
             self.refuse("it asks isinstance for something else than plain classes")
@@ -889,7 +900,7 @@ class Tracer(fx.Tracer):
         return self.sizes is not None and self.sizes.is_tensor(node)
 
     def _type(self, value: Any, *others: Any) -> Any:
-        if others or is_a(value, (Traced, Super)) or (callable(value) and not is_a(value, StandIn)):
+        if others or is_a(value, (Traced, Super, _NoGradBlock)) or (callable(value) and not is_a(value, StandIn)):
             self.refuse("it asks for the class of a tensor, or makes one")
         kind = type(real_of(value))
         if is_a(value, StandIn):
@@ -917,7 +928,8 @@ class Tracer(fx.Tracer):
 
 # Constants that code generated by torch.fx returns unchanged.
 _GIVEN_BACK = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-# The files of torch's layers that a forward may make for itself, but for those that have weights.
+# The files of torch's layers that a forward may make for itself, but for those of them that have weights
+# (_WITH_WEIGHTS).
 _FILES_OF_LAYERS_WITHOUT_WEIGHTS = tuple(
     f"torch.nn.modules.{name}"
     for name in (
@@ -926,6 +938,7 @@ _FILES_OF_LAYERS_WITHOUT_WEIGHTS = tuple(
     )
 )
 _WITH_WEIGHTS = (nn.PReLU, nn.MultiheadAttention)
+# Layers that compute in another way where no gradients are recorded.
 _WITH_FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 # Values whose attributes need not be noted.
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type(None))
@@ -1032,6 +1045,34 @@ def input_names(forward: Callable[..., Any]) -> list[str]:
     if not names:
         raise UntraceableError("its forward takes no argument")
     return names
+
+
+@functools.cache
+def _place_of_out(function: Any) -> int:
+    """The place of ``out`` among the arguments of a function of Python, where it may be given by position."""
+    if not is_a(function, types.FunctionType):
+        return sys.maxsize
+    kinds = inspect.signature(function).parameters
+    is_positional = "out" in kinds and kinds["out"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return list(kinds).index("out") if is_positional else sys.maxsize
+
+
+def _parts(module: nn.Module, recurse: Any) -> list[nn.Module]:
+    return list(nn.Module.modules(module)) if recurse else [module]
+
+
+def _places_of_parameters(module: nn.Module, recurse: Any) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Of each module within, its number and the names of its parameters, each tensor at its first place alone."""
+    seen: set[int] = set()
+    found = []
+    for place, part in enumerate(_parts(module, recurse)):
+        names = []
+        for name, tensor in part.__dict__["_parameters"].items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                names.append(name)
+        found.append((place, tuple(names)))
+    return tuple(found)
 
 
 def _attribute_of(module: nn.Module, tensor: str, name: str) -> Any:

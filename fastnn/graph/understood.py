@@ -120,7 +120,7 @@ def why_not_run(code: types.CodeType) -> tuple[str, int] | None:
     for instruction in dis.get_instructions(code):
         name = instruction.opname
         line = _line_of(instruction) or line
-        # (The end of a with block, which is called in case of an exception, too, is none that the code catches.)
+        # (A with block has such code, too, which ends the block.)
         is_caught = before is not None and before.opname == "PUSH_EXC_INFO" and name != "WITH_EXCEPT_START"
         if name in _CATCHES or is_caught:
             return "it catches exceptions", line

@@ -188,8 +188,8 @@ def gradients_by_reference(
 
     def own_view(tensor: Tensor) -> Tensor:
         """A view of a tensor that needs a gradient: one tensor may stand at two places, each of which has its own
-        gradient. Where the function of ``torch.func.vjp`` is called, the transform has ended for which the tensor
-        needs a gradient, so that it may need none outside."""
+        gradient. The function that ``torch.func.vjp`` returns runs after its transform has ended; outside of the
+        transform, the tensor may need no gradient."""
         view = tensor.view_as(tensor)
         return view if view.requires_grad else view.detach().requires_grad_()
 

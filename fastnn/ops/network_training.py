@@ -74,6 +74,7 @@ class TrainedNetwork:
         depends: dict[str, bool] = {}  # of each value, whether it depends on what requires a gradient
         again: set[str] = set()
         outputs: Sequence[str] = ()
+        reached = _values_with_gradients(self.text)
         for line in read(self.text):
             if line.layer in ("input", "weight"):
                 depends[line.outputs[0]] = requires[len(given)]
@@ -81,30 +82,37 @@ class TrainedNetwork:
             elif line.layer == "output":
                 outputs = line.inputs["input"]
             else:
-                again.update(_read_again(line, depends))
-                any_input = any(depends[one] for name, some in line.inputs.items() if name != "like" for one in some)
-                depends.update(dict.fromkeys(line.outputs, any_input and not _ends_gradients(line)))
+                if not reached.isdisjoint(line.outputs):
+                    again.update(_read_again(line, depends))
+                any_input = any(depends[one] for one in _differentiated(line))
+                depends.update(dict.fromkeys(line.outputs, any_input))
         places: tuple[list[int], list[int]] = ([], [])
         for place, name in enumerate(given):
             places[name not in again].append(place)
         return Needs(tuple(depends[name] for name in outputs), *places)
 
 
-def _ends_gradients(line: TextLine) -> bool:
-    """Whether the layer's outputs depend on its inputs in no way that has a derivative."""
+def _differentiated(line: TextLine) -> list[str]:
+    """The inputs of a layer on which its outputs depend in a way that has a derivative."""
     is_comparison = line.layer == "binary" and line["function"] in COMPARISONS
-    return is_comparison or line.layer in ("noise", "detach")
+    if is_comparison or line.layer in ("noise", "detach"):
+        return []
+    return [one for name, some in line.inputs.items() if name != "like" for one in some]
+
+
+def _values_with_gradients(text: str) -> set[str]:
+    """The values of a program on which its outputs depend in a way that has a derivative, and the outputs."""
+    found: set[str] = set()
+    for line in reversed(list(read(text))):
+        if line.layer == "output" or not found.isdisjoint(line.outputs):
+            found.update(_differentiated(line))
+    return found
 
 
 def weights_with_gradients(text: str) -> list[bool]:
-    """Of each weight of a program, whether its outputs depend on it in a way that has a derivative."""
-    lines = list(read(text))
-    needed: set[str] = set()
-    for line in reversed(lines):
-        is_needed = line.layer == "output" or not needed.isdisjoint(line.outputs)
-        if is_needed and not _ends_gradients(line):
-            needed.update(one for some in line.inputs.values() for one in some)
-    return [line.outputs[0] in needed for line in lines if line.layer == "weight"]
+    """Whether the outputs of a program depend on each of its weights in a way that has a derivative."""
+    found = _values_with_gradients(text)
+    return [line.outputs[0] in found for line in read(text) if line.layer == "weight"]
 
 
 # Layers that multiply two of their inputs: the gradient of each is made of the other.
