@@ -184,6 +184,13 @@ def _written_by_position(m: Any, x: Tensor) -> Tensor:
     return m.b(h) * out
 
 
+def _a_part_in_place_later(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        first, _ = m.a(x).split(3, dim=1)
+    first += 1
+    return m.b(x)[:, :3] * first
+
+
 def _a_leaf(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         leaf = torch.zeros(6, requires_grad=True)
@@ -257,6 +264,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     "the second, in place": (_the_second_in_place, False),
     "tuples that are added": (_tuples_that_are_added, False),
     "written by position": (_written_by_position, False),
+    "a part, in place later": (_a_part_in_place_later, False),
     "a leaf": (_a_leaf, False),
     "the class of a block": (_asks_for_the_class, False),
     "a moving average": (_average, False),

@@ -84,15 +84,21 @@ class Order:
 
     def roots(self, *values: Node) -> set[Node]:
         """The nodes that may have made the memory in which values lie."""
-        found, seen, left = set(), set(values), list(values)
+        return {value for value in self._ways_to_roots(*values) if not self._may_be_views_of(value)}
+
+    def views_written_by(self, writer: Node) -> set[Node]:
+        """The nodes that may be views, through which a node that writes may change memory."""
+        ways = self._ways_to_roots(*self._may_be_written_by(writer))
+        return {value for value in ways if self._may_be_views_of(value)}
+
+    def _ways_to_roots(self, *values: Node) -> set[Node]:
+        """The nodes from which values may have their memory: views, views of which they are views, and roots."""
+        seen, left = set(values), list(values)
         while left:
-            value = left.pop()
-            before = self._may_be_views_of(value)
-            if not before:
-                found.add(value)
-            left += [node for node in before if node not in seen]
+            before = [node for node in self._may_be_views_of(left.pop()) if node not in seen]
             seen.update(before)
-        return found
+            left += before
+        return seen
 
     def _may_be_views_of(self, value: Node) -> Sequence[Node]:
         """The nodes in whose memory a value may lie."""

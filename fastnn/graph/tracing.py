@@ -173,10 +173,13 @@ class Tracer(fx.Tracer):
         modules, made = dict(self.root.named_modules()), self._without_gradient
         order = Order(self.graph, modules)
         for writer in order.writes:
-            # Other layers change only what is their own, as they do where gradients are recorded.
-            is_layer = writer.op == "call_module" and not getattr(modules[str(writer.target)], "inplace", False)
-            if writer in made and not is_layer and not made.issuperset(order.roots_written_by(writer)):
+            if writer.op == "call_module" and not getattr(modules[str(writer.target)], "inplace", False):
+                continue  # Such a layer changes only what is its own, as it does where gradients are recorded.
+            if writer in made and not made.issuperset(order.roots_written_by(writer)):
                 self.refuse("it changes a tensor in place where no gradients are recorded")
+            # Torch may refuse to change a view in place that was made where gradients are recorded, or where not.
+            if not made.isdisjoint(order.views_written_by(writer)):
+                self.refuse("it changes a view in place that was made where no gradients are recorded")
         for node in list(self.graph.nodes):
             outside = [user for user in node.users if user not in made]
             if node not in made or not outside:
