@@ -191,6 +191,12 @@ def _a_part_in_place_later(m: Any, x: Tensor) -> Tensor:
     return m.b(x)[:, :3] * first
 
 
+def _rounds_down(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        steps = m.a(x) * (m.b.bias // 0.01 * 0.01)
+    return m.b(x + steps)
+
+
 def _a_leaf(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         leaf = torch.zeros(6, requires_grad=True)
@@ -265,6 +271,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     "tuples that are added": (_tuples_that_are_added, False),
     "written by position": (_written_by_position, False),
     "a part, in place later": (_a_part_in_place_later, False),
+    "rounds down": (_rounds_down, False),
     "a leaf": (_a_leaf, False),
     "the class of a block": (_asks_for_the_class, False),
     "a moving average": (_average, False),
@@ -393,3 +400,13 @@ def test_forward_mode() -> None:
     assert_close(torch.func.jvp(first, (x,), (tangent,)), torch.func.jvp(stock, (x,), (tangent,)))
     assert_close(torch.func.vmap(torch.func.grad(lambda z: first(z[None]).sum()))(x),
                  torch.func.vmap(torch.func.grad(lambda z: stock(z[None]).sum()))(x))  # fmt: skip
+
+
+def test_a_weight_that_hooks_set_in_a_block() -> None:
+    """Its gradient is not recorded."""
+    stock = Blocks(_backbone)
+    nn.utils.prune.l1_unstructured(stock.backbone[0], "weight", 0.3)
+    fused = fastnn.fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        model(torch.ones(5, 6))
+        assert not model.backbone[0].weight.requires_grad

@@ -205,6 +205,9 @@ class Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Proxy:
         if kind == "call_function" and len(args) > _place_of_out(target):
             self.refuse(f"it gives {target.__name__} a tensor to write to, by position")
+        if self.no_grad_blocks and "floor" in getattr(target, "__name__", str(target)):
+            # The graph records gradients in a block, too, and torch has none of a division that rounds down.
+            self.refuse("it rounds down where no gradients are recorded")
         if self.no_grad_blocks and kwargs.get("requires_grad", False) is not False:
             self.refuse("it makes a tensor that requires a gradient where no gradients are recorded")
         made = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -728,6 +731,8 @@ class Tracer(fx.Tracer):
         forward = own.get("forward")
         if hooks or own.get("_compiled_call_impl") is not None or type(module).__call__ is not nn.Module.__call__:
             if is_layer and own.get("_compiled_call_impl") is None and all(map(_is_torchs, hooks)):
+                if self.no_grad_blocks:
+                    self.refuse(f"{self._name(module)} has hooks, which run where no gradients are recorded")
                 self._recomputed.add(id(module))  # weight_norm's, for one, set the weight
                 return self._call_as_node(module, args, kwargs)
             return self._call_opaque(module, args, kwargs, "it has hooks, or a call of its own")
