@@ -151,7 +151,7 @@ def check(seed: int) -> int:
             assert_close(fused(x), stock(x), rtol=1e-9, atol=1e-9)
         assert_close(_results(fused, x), _results(stock, x), rtol=1e-8, atol=1e-8)
     traces: dict[bool, Any] = getattr(fused.forward, "traces", {})  # a model without layers stays as it is
-    stretched = [one for some in traces.values() for trace in some for one in trace._stretched.values()]
+    stretched = [one for some in traces.values() for trace in some for one in trace.known_stretches.values()]
     return sum(len(one.networks) for one in stretched if one is not None)
 
 

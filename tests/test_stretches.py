@@ -62,7 +62,7 @@ def _pair(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> 
 
 def _networks(model: nn.Module, trains: bool = True) -> list[str]:
     """The programs of the functions, or in inference of the calls, that the model's forward has become."""
-    found = model.forward.traces[model.training][0]._stretched.get(trains)  # type: ignore[attr-defined]
+    found = model.forward.traces[model.training][0].known_stretches.get(trains)  # type: ignore[attr-defined]
     return [] if found is None else list(found.networks)
 
 

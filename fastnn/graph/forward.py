@@ -197,6 +197,7 @@ class FusedRecurrent(FusedModule):
 
 
 _strided = torch.strided
+_unread = object()  # It stands where it is not known yet whether a trace has stretches.
 _write_lock = threading.Lock()
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
@@ -256,7 +257,7 @@ class Trace:
         self.guard.seal()
         self.holds = self.guard.holds
         self.kind: Kind | None = None  # what is kept of it for modules that are alike
-        self._stretched: dict[bool, StretchedGraph | None] = {}  # by whether autograd records
+        self.known_stretches: dict[bool, StretchedGraph | None] = {}  # by whether autograd records
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
         """Whether the trace is for inputs of these sizes (and dtypes, on which a view's sizes may depend)."""
@@ -290,14 +291,14 @@ class Trace:
         ]
         other.guard = self.guard.mapped(of)
         other.holds, other.run = other.guard.holds, other._write_and_run
-        other._stretched = {}
+        other.known_stretches = {}
         return other
 
     def stretched(self, module: nn.Module, records: bool) -> StretchedGraph | None:
         """What runs in place of the trace, for autograd if that `records`, else in inference; None where the trace
         itself is as good, or the module is no longer what was traced."""
-        is_read = records in self._stretched
-        if is_read and ((known := self._stretched[records]) is None or known.guard.holds()):
+        is_read = records in self.known_stretches
+        if is_read and ((known := self.known_stretches[records]) is None or known.guard.holds()):
             return known
         if not self.holds():
             return None
@@ -313,7 +314,7 @@ class Trace:
             if found is not None and is_alike and kind is not None:
                 with suppress(NotAlikeError):
                     kind.stretched[records] = found.mapped(parts.place_of)
-        self._stretched[records] = found
+        self.known_stretches[records] = found
         return found
 
     def _write_and_run(self, module: nn.Module, *args: Any) -> Any:
@@ -398,7 +399,9 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        stretched = self._stretches_of(trace)  # None unless its own guard holds
+        stretched = None
+        if trace.known_stretches.get(is_grad_enabled(), _unread) is not None:
+            stretched = self._stretches_of(trace)  # None unless its own guard holds
         if trace.is_idle and stretched is None:
             return self.stock(*args)
         for arg in args:
@@ -406,7 +409,7 @@ class FusedForward(FusedModule):
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)
-        if not trace.holds() or not trace.fits(args):
+        if not trace.holds() or (trace.sizes is not None and not trace.fits(args)):
             trace = self.trace(inputs=args)
             if trace is None:
                 return self.stock(*args)
