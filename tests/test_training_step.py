@@ -1770,3 +1770,31 @@ def test_a_layer_that_is_never_called_is_left_alone() -> None:
     for _ in range(3):
         assert_close(step(x, x), ordinary(stock, F.mse_loss, theirs, x, x))
     check_same((mine, ours), (stock, theirs))
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 0.5}, {"keep_gradients": True}])
+def test_gradients_of_parameters_outside_the_model(settings: dict[str, Any]) -> None:
+    """A gradient that the caller has left in another of the optimizer's parameters counts at every step, not only at
+    the first."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    other = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model, own_other = copy.deepcopy(stock), copy.deepcopy(other)
+    stock_optimizer = torch.optim.Adam([*stock.parameters(), other], 0.1)
+    optimizer = torch.optim.Adam([*model.parameters(), own_other], 0.1)
+    step = fastnn.training_step(model, F.cross_entropy, optimizer, **settings)
+    for turn in range(6):
+        x, y = torch.randn(5, 8, dtype=torch.float64), torch.randint(4, (5,))
+        if turn % 2:
+            for one in (other, own_other):
+                (turn * one.square()).sum().backward()
+        F.cross_entropy(stock(x), y).backward()
+        if "max_norm" in settings:
+            nn.utils.clip_grad_norm_([*stock.parameters(), other], settings["max_norm"])
+        stock_optimizer.step()
+        stock_optimizer.zero_grad()
+        step(x, y)
+        if turn % 2 and "keep_gradients" in settings:
+            own_other.grad = None
+        assert_close(model.state_dict(), stock.state_dict())
+        assert_close(own_other, other)
