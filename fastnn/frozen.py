@@ -84,8 +84,9 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             fixed.add(found)
 
     with _as_in_inference(), leaving_no_trace() as again:
+        rehearsed = as_it_is()
         try:
-            expected = as_it_is()(*cloned(inputs))
+            expected = cloned(rehearsed(*cloned(inputs)))  # The model may change what it has returned.
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
@@ -109,7 +110,10 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
                 continue
             given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
             try:
-                return frozen_by(batch_dims, given, other, (expected, expected_of_other))
+                frozen = frozen_by(batch_dims, given, other, (expected, expected_of_other))
+                again()
+                _check_second_call(rehearsed, inputs, expected, in_double)
+                return frozen
             except DependsOnBatchError as error:
                 refusal = error
         assert refusal is not None
@@ -290,6 +294,18 @@ def _compare(
         if draws:
             words += f"; it draws random numbers ({', '.join(draws)}), and others than the model does"
     raise ValueError(words)
+
+
+def _check_second_call(model: nn.Module, inputs: tuple[Any, ...], expected: Any, in_double: Callable[..., Any]) -> None:
+    """Calls a model anew that has been called once with these inputs, and returned `expected`. Raises ValueError where
+    it returns something else, because it keeps something from one call to the next."""
+    words = f"freeze: {type(model).__name__} keeps something from one call to the next, which a frozen model would not"
+    try:
+        found = model(*cloned(inputs))
+    except Exception as error:  # the model's own Python may refuse a second call in any words
+        raise ValueError(f"{words}: its second call fails: {error}") from error
+    if not _agree(found, expected, partial(in_double, *inputs)):
+        raise ValueError(f"{words}: its second call returns something else than its first")
 
 
 def _agree(found: Any, expected: Any, compute_exact: Callable[[], Any]) -> bool:
@@ -635,9 +651,28 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
             steps.append(getitem)
             numbers[node] = count
             count += 1
+    # A result that lies in a constant is copied. The caller may change it in place, which must not reach later calls.
+    returned = dict(numbers)
+    for node in numbers:
+        if node in outputs and _lies_in(node, constants):
+            steps.append(("aten.clone.default", (_TUPLE, [(_VALUE, numbers[node])]), (_DICT, {}), []))
+            returned[node], count = count, count + 1
     output = pytree.tree_unflatten(exported.outputs, exported.out_spec)
     tensors = [exported.constants[node.name].detach().clone() for node in constants]
-    return parts, tensors, steps, exported.ranges, _write(output, numbers)
+    return parts, tensors, steps, exported.ranges, _write(output, returned)
+
+
+def _lies_in(node: Node, constants: Sequence[Node]) -> bool:
+    """Whether a value is one of the constants, or a view of one."""
+    while node not in constants:
+        target, takes = node.target, node.all_input_nodes
+        may_be_view = target is operator.getitem or (
+            isinstance(target, OpOverload) and any(one.alias_info is not None for one in target._schema.arguments)
+        )
+        if not (may_be_view and takes):
+            return False
+        node = takes[0]
+    return True
 
 
 def _hint(size: Any) -> int:

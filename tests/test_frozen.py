@@ -1682,3 +1682,65 @@ def test_a_model_that_enlarges_rounding_errors() -> None:
     assert ours <= 4 * models
     with pytest.raises(ValueError, match="with other values"):  # of which float32 leaves nothing
         fastnn.freeze(Siren(3000.0), x)
+
+
+class Stateful(nn.Module):
+    """Keeps something from one call to the next in a plain attribute. kind: what it keeps."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(6, 6), kind
+        self.calls, self.earlier = 0, []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        y = self.layer(x)
+        if self.kind == "a number":
+            return y * self.calls
+        if self.kind == "a list":
+            self.earlier.append(1.5)
+            return y * sum(self.earlier)
+        if self.kind == "refuses" and self.calls > 1:
+            raise AssertionError("only once")
+        return y
+
+
+def test_models_that_keep_something_between_calls() -> None:
+    x = torch.rand(3, 6)
+    for kind, words in [("a number", "something else"), ("a list", "something else"),
+                        ("refuses", "second call fails: only once")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"Stateful keeps something from one call to the next.*{words}"):
+            fastnn.freeze(Stateful(kind).eval(), x)
+    model = Stateful("nothing that its results depend on").eval()
+    with torch.no_grad():
+        assert_close(fastnn.freeze(model, x)(x), model(x))
+
+
+class WithConstants(nn.Module):
+    """Returns what does not depend on its input, or only on its size."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(40.0).reshape(10, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        twice = self.table * 2
+        repeated = (self.table[0] * 2).expand(x.shape[0], 4)
+        return self.layer(x), twice, repeated.unsqueeze(1), twice, self.layer.weight.detach().sum(0)
+
+
+def test_constant_results_are_new_at_each_call() -> None:
+    """The caller may change them in place."""
+    model, x = WithConstants().eval(), torch.rand(3, 4)
+    frozen = fastnn.freeze(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(3):
+            results = frozen(x)
+            assert_close(results, expected)
+            for result in results:
+                result += 10
+    assert_close(pickle.loads(pickle.dumps(frozen))(x), tuple(one.detach() for one in expected))
