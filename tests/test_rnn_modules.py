@@ -504,3 +504,16 @@ def test_what_may_change_follows_from_the_weights_that_are_trained(kind: str, tr
             gradients.append(torch.autograd.grad(output.square().sum(), wanted))
         if len(gradients) == 2:
             torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_refused_input_takes_no_random_numbers(dtype: torch.dtype) -> None:
+    """The masks of dropout are drawn as if the call had not been."""
+    drawn = []
+    for make in (torch.nn.LSTM, fused.LSTM):
+        model = make(6, 8, 2, dropout=0.4, dtype=dtype)
+        torch.manual_seed(0)
+        with pytest.raises(RuntimeError):
+            model(torch.ones(3, 5, 7, dtype=dtype))
+        drawn.append((torch.rand(1), model(torch.ones(3, 5, 6, dtype=dtype))[0].count_nonzero(), torch.rand(1)))
+    torch.testing.assert_close(*drawn)

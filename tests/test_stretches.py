@@ -1122,3 +1122,39 @@ def test_functions_of_torch_on_upstreams_samples() -> None:
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     assert sum(networks) > 0.7 * len(networks)
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_result_that_repeats_another(records: bool) -> None:
+    """It shares the other's memory, as in stock, and cannot be changed in place."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.b(torch.tanh(m.a(x)))
+        return y, y[:, None].expand(-1, 2, -1)
+
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 4)))
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(records):
+            y, repeated = model(torch.randn(3, 4, dtype=torch.float64))
+        with torch.no_grad():
+            y.add_(1)
+            with pytest.raises(RuntimeError, match="single memory location"):
+                repeated.add_(1)
+        results.append((y, repeated, repeated.stride()))
+    assert_close(*results)
+
+
+def test_an_inference_tensor_changes_no_statistics() -> None:
+    """Autograd refuses it before batch norms have seen it."""
+    models = _pair(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+                              nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    )  # fmt: skip
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for model in models:
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            model(x)
+    assert_close(models[1].state_dict(), models[0].state_dict())

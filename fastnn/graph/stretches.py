@@ -456,8 +456,8 @@ class _Reading:
 
     def _sharing(self, level: int) -> list[Value]:
         """The results of a stretch that a call cannot give: they share memory with what it takes or with its other
-        results, or are booleans; and results that are nothing but another order of a value, which torch gives at no
-        cost and with its own strides."""
+        results, or are booleans; and results that are nothing but another order or a repetition of a value, which torch
+        gives at no cost and with its own strides."""
         lines = self.stretches[level].lines
         maker = {value: line for line in lines for value in line.outputs}
         taken = {value for line in lines for value in line.taken()}
@@ -468,7 +468,7 @@ class _Reading:
             while root in maker and maker[root].layer in VIEWS:
                 part = root if maker[root].layer == "split" and part is None else part
                 root = maker[root].inputs["input"][0]
-            if root not in maker or (maker[result].layer in ("transpose", "permute") and result not in taken):
+            if root not in maker or (maker[result].layer in ("transpose", "permute", "expand") and result not in taken):
                 sharing.add(result)
             else:
                 at_root.setdefault(root, []).append((result, part))

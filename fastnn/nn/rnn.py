@@ -70,10 +70,14 @@ class _Recurrent(_OnStock, RNNBase):
         if not _covers(input.data if packed else input):
             return self._by_stock(input, hx)
         weights = self._weights()
+        draws = self.training and self.dropout and not (is_compiling() or is_exporting())
+        random = torch.get_rng_state() if draws else None
         try:
             answer = self._run_packed(input, hx, weights) if packed else self._run(input, hx, weights)
         except (RuntimeError, IndexError):
             answer = None  # the stock module has its own words for arguments that do not fit
+            if random is not None:  # dropout's masks are drawn before the operator sees the arguments
+                torch.set_rng_state(random)
         return self._by_stock(input, hx) if answer is None else answer
 
     def _run_plain(self, input: Tensor, hx: Any, head: Sequence[Tensor] | None = None) -> Any:

@@ -60,6 +60,9 @@ class TrainedNetwork:
 
         Raises RuntimeError where the operators do not take the tensors; then nothing has changed but torch's generator.
         """
+        for tensor in tensors[: self.inputs]:
+            if tensor.is_inference():  # Autograd would refuse it after the operator has changed running statistics.
+                raise RuntimeError("inference tensors cannot be saved for backward")
         return _record(self, *tensors)
 
     def needs(self, requires: tuple[bool, ...]) -> Needs:
