@@ -700,7 +700,8 @@ def training_step(
     pixel shuffles, enlarged images); with branches and skips, shared layers, several inputs and several results, of
     which the loss is then the caller's own. A loss of the caller's own is part of the one call where it consists of
     the same. State and learning rates stay in the optimizer, so that going back to
-    ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints.
+    ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints. Where the loss
+    raises, a step in one or two calls takes back what forward has changed: running statistics and torch's generator.
 
     Args:
         model: is fused in place (:func:`fastnn.fuse`).
