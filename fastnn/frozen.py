@@ -44,8 +44,8 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             for one, keeps to the example's sizes.
 
     Raises:
-        ValueError: there is nothing to freeze, or the model does something that cannot be captured; the message names
-            the layer and says why.
+        ValueError: there is nothing to freeze, or the model does something that cannot be captured, or it keeps
+            something from one call to the next; the message names the layer and says why.
     """
     inputs = tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)
     leaves, spec = pytree.tree_flatten(inputs)
@@ -86,7 +86,7 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
     with _as_in_inference(), leaving_no_trace() as again:
         rehearsed = as_it_is()
         try:
-            expected = cloned(rehearsed(*cloned(inputs)))  # The model may change what it has returned.
+            expected = cloned(rehearsed(*cloned(inputs)))  # copies, since the second call may change these results
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"freeze: {type(model).__name__} does not take example_input: {error}") from error
         # The model runs on another batch size, too, because nothing that it does may depend on the batch size. Where
@@ -111,7 +111,7 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
             given = pytree.tree_unflatten(doubled, spec) if is_single else inputs
             try:
                 frozen = frozen_by(batch_dims, given, other, (expected, expected_of_other))
-                again()
+                again()  # The second call comes last, since torch.export has better words for what it refuses itself.
                 _check_second_call(rehearsed, inputs, expected, in_double)
                 return frozen
             except DependsOnBatchError as error:
@@ -297,8 +297,8 @@ def _compare(
 
 
 def _check_second_call(model: nn.Module, inputs: tuple[Any, ...], expected: Any, in_double: Callable[..., Any]) -> None:
-    """Calls a model anew that has been called once with these inputs, and returned `expected`. Raises ValueError where
-    it returns something else, because it keeps something from one call to the next."""
+    """Calls a model again that has returned `expected` for these inputs. Raises ValueError where the second call
+    returns something else: such a model keeps something from one call to the next, as a counter or a state."""
     words = f"freeze: {type(model).__name__} keeps something from one call to the next, which a frozen model would not"
     try:
         found = model(*cloned(inputs))
@@ -651,7 +651,7 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
             steps.append(getitem)
             numbers[node] = count
             count += 1
-    # A result that lies in a constant is copied. The caller may change it in place, which must not reach later calls.
+    # A result that lies in a constant is copied, so that a caller who changes it in place changes no later call.
     returned = dict(numbers)
     for node in numbers:
         if node in outputs and _lies_in(node, constants):
@@ -663,7 +663,7 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
 
 
 def _lies_in(node: Node, constants: Sequence[Node]) -> bool:
-    """Whether a value is one of the constants, or a view of one."""
+    """Whether a value is one of the constants, or may be a view of one, as the operator's schema says."""
     while node not in constants:
         target, takes = node.target, node.all_input_nodes
         may_be_view = target is operator.getitem or (

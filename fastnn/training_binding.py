@@ -47,7 +47,7 @@ class Binding:
         self.no_grad = torch.no_grad()  # made once: 0.5 us
         self.keeps_gradients = keep_gradients
         self._optimizer, self._max_norm, self._loss_numbers = optimizer, max_norm, reading.loss_numbers
-        # The optimizer's parameters that the program does not have. A gradient that lies in one counts, too.
+        # The optimizer's parameters that the program does not have. Gradients in them count in a step, too.
         in_program = set(map(id, parameters))
         self._others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in in_program]
         self._kept = [kept_by(optimizer, group) for group in optimizer.param_groups]
@@ -89,7 +89,8 @@ class Binding:
     def holds(self, max_norm: float | None, keep_gradients: bool) -> bool:
         """Whether the model's and the optimizer's tensors are those that were bound, and no gradients lie in them.
         (:meth:`settings_fit` tells the same of the optimizer's settings.)"""
-        may_have_gradients = (*self._others, *self.parameters) if keep_gradients else self._others  # see _read_flags
+        # Without keep_gradients, the flags of the program's parameters tell whether these have gradients.
+        may_have_gradients = (*self._others, *self.parameters) if keep_gradients else self._others
         return self._tensors_hold(max_norm, keep_gradients) and not any(p.grad is not None for p in may_have_gradients)
 
     def _tensors_hold(self, max_norm: float | None, keep_gradients: bool) -> bool:

@@ -197,7 +197,7 @@ class FusedRecurrent(FusedModule):
 
 
 _strided = torch.strided
-_unread = object()  # It stands where it is not known yet whether a trace has stretches.
+_unread = object()  # in place of the stretches that a trace has not been searched for yet
 _write_lock = threading.Lock()
 _RECURRENT_SETTINGS = ("mode", "num_layers", "batch_first", "bidirectional", "dropout", "proj_size", "bias")
 
@@ -399,9 +399,9 @@ class FusedForward(FusedModule):
             trace, args, kwargs = self._look_closer(args, kwargs)
             if trace is None:
                 return self.stock(*args, **kwargs)
-        stretched = None
-        if trace.known_stretches.get(is_grad_enabled(), _unread) is not None:
-            stretched = self._stretches_of(trace)  # None unless its own guard holds
+        stretched = None  # also where the guard of the stretches does not hold
+        if trace.known_stretches.get(is_grad_enabled(), _unread) is not None:  # to ask each time would cost 0.3 us
+            stretched = self._stretches_of(trace)
         if trace.is_idle and stretched is None:
             return self.stock(*args)
         for arg in args:
@@ -409,7 +409,7 @@ class FusedForward(FusedModule):
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)
-        if not trace.holds() or (trace.sizes is not None and not trace.fits(args)):
+        if not trace.holds() or not trace.fits(args):
             trace = self.trace(inputs=args)
             if trace is None:
                 return self.stock(*args)

@@ -58,10 +58,12 @@ class TrainedNetwork:
         """The outputs, with their gradients. tensors: the inputs, then the parameters in the program's order. Callers
         know that the call is plain (:func:`is_plain`) and on the CPU, and that a gradient is wanted.
 
-        Raises RuntimeError where the operators do not take the tensors; then nothing has changed but torch's generator.
+        Raises RuntimeError where the operators do not take the tensors, or autograd does not take the inputs; then
+        nothing has changed but torch's generator.
         """
         for tensor in tensors[: self.inputs]:
-            if tensor.is_inference():  # Autograd would refuse it after the operator has changed running statistics.
+            # Autograd refuses such a tensor, too, but only after the operator has changed running statistics.
+            if tensor.is_inference():
                 raise RuntimeError("inference tensors cannot be saved for backward")
         return _record(self, *tensors)
 
