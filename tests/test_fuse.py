@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fusing import Calls, fused_copy, run_and_list
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 import fastnn
@@ -763,3 +763,84 @@ def test_few_elements_of_a_gradient_may_differ_in_a_trial() -> None:
     special = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf])
     assert trial._agree([special.clone()], [special], few=False)
     assert not trial._agree([special.nan_to_num(0.0)], [special], few=True)
+
+
+# ---- recurrent layers whose weights are computed ------------------------------------------------------------------
+
+
+class _Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.5
+
+
+PARAMETRIZATIONS: dict[str, Callable[[nn.Module, str], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "spectral_norm": parametrizations.spectral_norm,
+    "own": lambda module, name: parametrize.register_parametrization(module, name, _Half()),
+}
+
+
+def _recurrent_call(kind: str) -> Callable[[nn.Module], nn.Module]:
+    if kind.endswith("Cell"):
+        return lambda layer: Calls(lambda x, r: r(x[0])[0] if kind == "LSTMCell" else r(x[0]), layer)
+    return lambda layer: Calls(lambda x, r: r(x)[0][-1], layer)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_recurrent_layers_with_parametrizations(kind: str, name: str, first: bool) -> None:
+    """The weights are those that the parametrization computes at each call, whether it came before `fuse` or later."""
+    weight = "weight_hh" if kind.endswith("Cell") else "weight_hh_l0"
+    x, models = torch.randn(5, 3, 4, dtype=torch.float64), []
+    for is_fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(_recurrent_call(kind)(getattr(nn, kind)(4, 8)), nn.Linear(8, 2)).double()
+        layer = next(one for one in model.modules() if isinstance(one, (nn.RNNBase, nn.RNNCellBase)))
+        if is_fused and not first:
+            fastnn.fuse(model)
+            model(x)
+        torch.manual_seed(1)
+        PARAMETRIZATIONS[name](layer, weight)
+        model.train(name != "spectral_norm")  # which torch computes once more, at times, when it trains
+        models.append(fastnn.fuse(model) if is_fused and first else model)
+    models.append(copy.deepcopy(models[1]))
+    for _ in range(2):
+        results = []
+        for model in models:
+            y = model(x)
+            results.append((y.detach(), torch.autograd.grad(y.square().sum(), list(model.parameters()))))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.5)
+        for found in results[1:]:
+            assert_close(found, results[0])
+
+
+class _Noted(Tensor):
+    """A tensor that carries a note along."""
+
+    note = "none"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        notes = [one.note for one in args if isinstance(one, _Noted)]
+        if isinstance(result, _Noted) and notes:
+            result.note = notes[0]
+        return result
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_inputs_of_a_class_of_their_own(records: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(200, 8), nn.ReLU())
+    fused = fused_copy(model)
+    x: Any = torch.randn(2, 3, 12, 12).as_subclass(_Noted)
+    x.note = "kept"
+    with torch.set_grad_enabled(records):
+        result, expected = fused(x), model(x)
+    assert type(result) is type(expected) is _Noted
+    assert result.note == expected.note == "kept"
+    assert_close(result, expected)
+    assert type(fused(torch.randn(2, 3, 12, 12))) is Tensor

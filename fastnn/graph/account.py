@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._extension import load_extension
 from fastnn.graph.forward import STRETCHES, FusedForward, FusedRecurrent, Trace
@@ -88,7 +89,8 @@ def account_for(model: nn.Module) -> list[ExplainedCall]:
         if module in known or (kind is None and layer_forward(module) not in RECURRENT):
             continue
         if isinstance(fused, FusedRecurrent):
-            reason = fused.left.get(module)
+            is_computed = is_parametrized(module)
+            reason = "its weights are computed by parametrizations" if is_computed else fused.left.get(module)
             row = ExplainedCall(name, "" if reason else "rnn", "", "", "", reason or WHY["fused"])
         else:
             row = ExplainedCall(name, "", "", "", "", _why_left(model, names, module, inside), kind in _CANDIDATES)

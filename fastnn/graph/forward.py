@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, is_grad_enabled, nn
+from torch.overrides import has_torch_function
 
 from fastnn._torch import functions_are_watched, is_tracing, transforms_active
 from fastnn.graph.alike import Kind, NotAlikeError, Parts, keep, kind_of
@@ -179,6 +180,8 @@ class FusedRecurrent(FusedModule):
             return own(*args, **kwargs)
         if self.module in self.left or type(self.module).forward is not self._stock_forward:
             return self.stock(*args, **kwargs)
+        if "parametrizations" in self.module._modules:  # The class of such a module computes its weights.
+            return self.stock(*args, **kwargs)
         if observer is not None and _observing == threading.get_ident():
             return observer.see_recurrent(self, args, kwargs)
         return self.run(*args, **kwargs)
@@ -194,6 +197,11 @@ class FusedRecurrent(FusedModule):
             self._twin = kind.__new__(kind)
             object.__setattr__(self._twin, "__dict__", self.module.__dict__)
         return self._twin
+
+
+def _is_like_tensor(arg: Any) -> bool:
+    """Whether an object of another class is a tensor whose class does not watch what is computed with it."""
+    return isinstance(arg, Tensor) and (is_exporting() or not has_torch_function((arg,)))
 
 
 _strided = torch.strided
@@ -405,7 +413,9 @@ class FusedForward(FusedModule):
         if trace.is_idle and stretched is None:
             return self.stock(*args)
         for arg in args:
-            if not isinstance(arg, Tensor) or arg.layout is not _strided or arg.is_nested:
+            if type(arg) is not Tensor and not _is_like_tensor(arg):
+                return self.stock(*args)
+            if arg.layout is not _strided or arg.is_nested:
                 return self.stock(*args)
         if has_global_hooks() or (functions_are_watched() and not is_exporting()):
             return self.stock(*args)

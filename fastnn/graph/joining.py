@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.fx import Graph, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastnn._torch import HOOKS
 from fastnn.graph.order import Order, unpack
@@ -48,13 +49,14 @@ class RecurrentHead:
 
 def kernel_of(module: nn.Module) -> Any:
     """The layer of ``fastnn.nn`` that runs a recurrent module: the module itself, or the one that its fused forward
-    runs. None where the module has to be called, because it has hooks or stays unfused."""
+    runs. None where the module has to be called: it has hooks, stays unfused, or its class computes its weights."""
     if any(module.__dict__[name] for name in HOOKS):
         return None
     forward: Any = module.__dict__.get("forward")
     if isinstance(module, _Recurrent):
         return module if forward is None else None
-    return forward.twin() if hasattr(forward, "twin") and module not in forward.left else None
+    has_twin = hasattr(forward, "twin") and module not in forward.left and not is_parametrized(module)
+    return forward.twin() if has_twin else None
 
 
 def drop_unused_parts(graph: Graph, modules: Mapping[str, nn.Module]) -> None:
