@@ -41,8 +41,8 @@ class Binding:
         self.parameters = parameters = reading.of_program(tensors)
         self.states: list[Tensor] = []  # the optimizer's states, in the order in which the operators take them
         self.layout: list[int] = []  # for each parameter, its group and the bits of the states that it has
-        # The parameters whose state was created here, each with the state that the optimizer had before.
-        self.created: list[tuple[Tensor, dict[str, Any]]] = []
+        # The parameters whose state was created here, each with the state that the optimizer had before, and that one.
+        self.created: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
         self.flat: FlatGradients | None = None  # where several processes average their gradients
         self.no_grad = torch.no_grad()  # made once: 0.5 us
         self.keeps_gradients = keep_gradients
@@ -120,11 +120,13 @@ class Binding:
             numbers += numbers_of_group(row, group)
         self.numbers = torch.tensor(numbers, dtype=torch.float64)
         self._get_settings = [itemgetter(*filter(group.__contains__, row.group_settings)) for group in groups]
-        self._settings = self._settings_now()
+        self._settings = list(map(_with_own_lists, self._settings_now()))
 
     def undo(self) -> None:
-        """Removes what this binding has created in the optimizer's state."""
-        for parameter, before in self.created:
+        """Removes what this binding has created in the optimizer's state, as far as it is still there."""
+        for parameter, before, created in self.created:
+            if self._optimizer.state.get(parameter) is not created:
+                continue
             if before:
                 self._optimizer.state[parameter] = before
             else:
@@ -150,8 +152,13 @@ class Binding:
         self.states += [state[name] for name in (*[name for name, _ in row.numbers], *names)]
         if any(before.get(name) is not tensor for name, tensor in state.items()):
             self._optimizer.state[parameter] = state
-            self.created.append((parameter, before))
+            self.created.append((parameter, before, state))
         return bits
+
+
+def _with_own_lists(settings: Any) -> Any:
+    """The same settings, with copies of the lists in them: `betas` may be a list, and be changed in place."""
+    return tuple(list(one) if type(one) is list else one for one in settings) if type(settings) is tuple else settings
 
 
 class UpdateBinding(Binding):
@@ -182,11 +189,13 @@ class UsedGradients:
     @staticmethod
     def of(optimizer: torch.optim.Optimizer) -> UsedGradients:
         """The hook of this kind that the optimizer has, or else a new one."""
-        for hook in optimizer._optimizer_step_post_hooks.values():
+        hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+        for hook in (hooks or {}).values():
             if isinstance(hook, UsedGradients):
                 return hook
         made = UsedGradients()
-        optimizer.register_step_post_hook(made)
+        if hooks is not None:  # None where a class of its own never calls the constructor of torch's
+            optimizer.register_step_post_hook(made)
         if optimizer.state:  # it has made steps
             made(optimizer)
         return made

@@ -22,7 +22,28 @@ class RefusedError(Exception):
 
 
 class OtherLeavesError(Exception):
-    """The loss depends on tensors that need gradients besides the model's outputs."""
+    """The loss depends on more than the values of the model's outputs: on other tensors that need gradients, on the
+    outputs' graph, or on the memory that several outputs share."""
+
+
+_USES_PARAMETERS = "the loss uses parameters by itself"
+
+
+class _OutputsOfModel(torch.autograd.Function):
+    """Copies of a model's outputs whose graph leads to the model's parameters, as it does where autograd has made them.
+    A loss that asks for gradients of the parameters by itself then fails, in place of finding none."""
+
+    @staticmethod
+    def forward(ctx: Any, in_loss: list[bool], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.in_loss, ctx.others = in_loss, len(tensors) - count
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if ctx.in_loss[0]:
+            raise OtherLeavesError(_USES_PARAMETERS)
+        return None, None, *gradients, *(None,) * ctx.others
 
 
 def in_one_call(reading: Reading, binding: Binding, given: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -60,9 +81,16 @@ def steps_in_one_call(reading: Reading, binding: Binding, batches: Batches, firs
 
 
 def in_two_calls(
-    reading: Reading, binding: Binding, inputs: Sequence[Tensor], target: Any, loss: Callable[[Any, Any], Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls."""
+    reading: Reading,
+    binding: Binding,
+    inputs: Sequence[Tensor],
+    target: Any,
+    loss: Callable[[Any, Any], Tensor],
+    still_fits: Callable[[], bool],
+) -> tuple[Tensor, list[Tensor], bool]:
+    """Runs a step as :func:`in_one_call` does, with the caller's own loss between two calls -> the loss, gradients, and
+    whether the update has been made. It has not where the loss has changed what an update rests on, such as the
+    optimizer's state, so that `still_fits` says False: then the gradients are those of the trained parameters."""
     undo = _copy_of_forward(reading, binding, loss)
     try:
         with binding.no_grad:
@@ -72,7 +100,7 @@ def in_two_calls(
         raise RefusedError from error
     try:
         _count_batches(reading)
-        return _from_outputs(reading, binding, inputs, outputs, saved, target, loss)
+        return _from_outputs(reading, binding, inputs, outputs, saved, target, loss, still_fits)
     except BaseException:
         undo()
         raise
@@ -88,34 +116,43 @@ def _from_outputs(
     saved: Tensor,
     target: Any,
     loss_of: Callable[[Any, Any], Tensor],
-) -> tuple[Tensor, list[Tensor]]:
+    still_fits: Callable[[], bool],
+) -> tuple[Tensor, list[Tensor], bool]:
     """Computes the loss of a model's outputs, then backward and update."""
     network = reading.network
     for output in outputs:
         output.requires_grad_()
     # The loss gets copies, because it could not change a leaf itself in place.
-    copies = [output.clone() for output in outputs]
+    in_loss = [True]
+    weights = [p for p in binding.parameters if p.requires_grad]
+    copies: Sequence[Tensor] = _OutputsOfModel.apply(in_loss, len(outputs), *outputs, *weights)
+    own_node = copies[0].grad_fn
     given = pytree.tree_map(copies.__getitem__, network.outputs)
     loss = loss_of(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
-    if _reaches_others(loss, outputs):
-        raise OtherLeavesError
+    if _reaches_others(loss, own_node):
+        raise OtherLeavesError(_USES_PARAMETERS)
+    if len(copies) > 1 and any(copy._version for copy in copies):
+        raise OtherLeavesError("the loss changes one of several outputs, which may share memory in the model")
+    in_loss[0] = False
     loss.backward()
     # A checkpoint inside the loss hides parameters from the search above.
     if not binding.keeps_gradients and any(p.grad is not None for p in binding.parameters):
         for p in binding.parameters:
             p.grad = None
-        raise OtherLeavesError
+        raise OtherLeavesError(_USES_PARAMETERS)
     if all(output.grad is None for output in outputs):
         raise RuntimeError("training_step: the loss does not depend on the model's output")
     own = [output.grad for output in outputs]
+    fits = still_fits()
     try:
         with binding.no_grad:
             gradients: list[Tensor]
-            if binding.flat is not None:
+            if binding.flat is not None or not fits:
                 wanted = [len(inputs) + i for i, group in enumerate(binding.layout[::2]) if group >= 0]
                 gradients = network_backward(own, saved, inputs, binding.parameters, wanted, True)
-                for view, gradient in zip(binding.flat.of_program, gradients, strict=True):
-                    view.copy_(gradient)
+                if binding.flat is not None:
+                    for view, gradient in zip(binding.flat.of_program, gradients, strict=True):
+                        view.copy_(gradient)
             else:
                 gradients = operators.step_backward(
                     own, saved, binding.parameters, binding.states, binding.layout, binding.numbers,
@@ -123,7 +160,7 @@ def _from_outputs(
                 )  # fmt: skip
     except RuntimeError as error:
         raise RefusedError from error
-    return loss.detach(), gradients
+    return loss.detach(), gradients, fits
 
 
 def update_in_one_call(binding: Binding, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -157,10 +194,10 @@ def _count_batches(reading: Reading, batches: int = 1) -> None:
             own[name].add_(batches)
 
 
-def _reaches_others(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether backward would reach a leaf besides the outputs, as it does for a penalty on parameters."""
-    own = {torch.autograd.graph.get_gradient_edge(output).node for output in outputs}
-    nodes, seen = [loss.grad_fn], {None, *own}
+def _reaches_others(loss: Tensor, own: Any) -> bool:
+    """Whether backward would reach a leaf otherwise than by the node that made the outputs, as it does for a penalty on
+    parameters."""
+    nodes, seen = [loss.grad_fn], {None, own}
     while nodes:
         node = nodes.pop()
         if node in seen or node is None:

@@ -78,7 +78,7 @@ class TrainingStep:
         self._count = _inputs_of(model)
         if ranks is not None:
             ranks.begin(model, optimizer, broadcast=model is wrapped)
-        self.model = fuse(model)
+        self._model = fuse(model)
         self._prepare(loss, optimizer, max_norm, keep_gradients, ranks)
         self._read()
         self._join_loss(ONE_TENSOR)
@@ -105,7 +105,6 @@ class TrainingStep:
         self._why = ""  # why there is no reading, so that steps go the ordinary way
         self._last_why = ""  # why the last step went the ordinary way
         self._used = UsedGradients.of(optimizer)
-        self._others: tuple[int, list[nn.Parameter]] | None = None  # see _parameters_of_nobody
         # Of a model whose forward asks for sizes: why it is no network for inputs of these sizes.
         self._why_for_sizes: dict[tuple[torch.Size, ...], str] = {}
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
@@ -115,6 +114,11 @@ class TrainingStep:
         self._is_unread_copy = False
         weakref.finalize(self, load_extension().release_kept_memory).atexit = False
         self._together: tuple[Any, int] = None, 1  # how many steps go in one call, and with batches of which sizes
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained. For another model, make another step."""
+        return self._model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -135,7 +139,7 @@ class TrainingStep:
         """A copy reads and binds only at its first call: the model may have its own step as an attribute, and then the
         model's copy is still empty here."""
         settings = dict(state)
-        self.model = settings.pop("model")
+        self._model = settings.pop("model")
         self._count = _inputs_of(self.model)
         self._prepare(ranks=settings.pop("_ranks"), **settings)
         self._is_unread_copy = True
@@ -182,6 +186,8 @@ class TrainingStep:
         loss, self._was_refused = None, False
         if not self._last_why:
             self._join_loss(form_of(target), self._inputs(input), target)
+            self._last_why = "" if self._reading is not None else self._why
+        if not self._last_why:
             joined = self._reading
             loss = self._step_by_operators(input, target)
             if loss is None and isinstance(joined, ReadingWithLoss) and self._reading is joined:
@@ -274,10 +280,12 @@ class TrainingStep:
         """Makes a step with the caller's own loss -> the loss. None where it has to go the ordinary way; the reading
         is None too where all steps have to."""
         try:
-            loss, gradients = in_two_calls(reading, binding, inputs, target, self.loss)
-        except OtherLeavesError:
+            loss, gradients, is_updated = in_two_calls(
+                reading, binding, inputs, target, self.loss, lambda: self._still_fits(binding)
+            )
+        except OtherLeavesError as reason:
             self._undo()
-            self._reading, self._why = None, "the loss uses parameters by itself"
+            self._reading, self._why = None, str(reason)
             return None
         except RefusedError as error:
             self._undo()
@@ -287,8 +295,27 @@ class TrainingStep:
         except BaseException:
             self._undo()
             raise
-        self._finish(binding, gradients)
+        if is_updated:
+            self._finish(binding, gradients)
+            return loss
+        self._undo()
+        for p, gradient in zip(binding.trained(), gradients, strict=True):
+            p.grad = gradient if p.requires_grad else None
+        if self._ranks is None:
+            self._update_from_gradients()
         return loss
+
+    def _still_fits(self, binding: Binding) -> bool:
+        """Whether an update by this binding is what the optimizer would do now, after the caller's loss has run. Reads
+        the optimizer's settings anew where they have changed."""
+        try:
+            return (
+                binding is self._binding
+                and binding.holds(self.max_norm, self.keep_gradients)
+                and binding.settings_fit()
+            )
+        except (KeyError, NotANetworkError):
+            return False
 
     def _finish(self, binding: Binding, gradients: Sequence[Tensor]) -> None:
         """Ends a step that operators have made. Of several processes, the update is still to come."""
@@ -332,7 +359,8 @@ class TrainingStep:
 
         The batches and their order are those of ``DataLoader(TensorDataset(input, target), batch_size, shuffle=shuffle,
         generator=generator, drop_last=drop_last)`` from a generator in the same state, and leave it in the same state,
-        so that a stock loop gives the same curve. An exception, or Ctrl-C, leaves the model after a whole step.
+        so that a stock loop gives the same curve. An exception leaves the model after a whole step, and so does Ctrl-C,
+        but for what follows the update, such as a batch norm's count of batches.
 
         Args:
             input: (rows, ...), or a tuple of such tensors; or, alone, an iterable of pairs of an input and a target,
@@ -460,7 +488,7 @@ class TrainingStep:
         if self._read_loss is not self.loss:
             self._apart, self._read_loss = set(), self.loss
         self._reading, self._why, self._is_unread_copy = None, "", False
-        self._others, self._refused = None, {}
+        self._refused = {}
         if inputs is None:
             self._why_for_sizes = {}
         self._forget()
@@ -571,22 +599,28 @@ class TrainingStep:
 
     # ---- and the ordinary one ---------------------------------------------------------------------------------------
 
-    def _parameters_of_nobody(self) -> list[nn.Parameter]:
-        """The model's parameters that the optimizer does not have: no step leaves a gradient in them."""
-        own = [p for group in self._optimizer.param_groups for p in group["params"]]
-        if self._others is None or self._others[0] != len(own):
-            known = set(map(id, own))
-            self._others = len(own), [p for p in self.model.parameters() if id(p) not in known]
-        return self._others[1]
-
     def _ordinary(self, input: Any, target: Any) -> Tensor:
-        others = [(p, None if p.grad is None else p.grad.clone()) for p in self._parameters_of_nobody()]
-        loss = self._backward(input, target)
-        for parameter, gradient in others:
-            parameter.grad = gradient
-        if self._ranks is None and not self._update_by_operator():
-            self._update_by_optimizer()
+        self._used.drop(self._optimizer)
+        own = [p for group in self._optimizer.param_groups for p in group["params"]]
+        known = set(map(id, own))
+        # No step changes gradients of parameters that the optimizer does not have, and one that raises changes none.
+        others = _gradients_of(p for p in self.model.parameters() if id(p) not in known)
+        before = _gradients_of(own)
+        try:
+            loss = self._backward(input, target)
+        except BaseException:
+            _give_back(before)
+            raise
+        finally:
+            _give_back(others)
+        if self._ranks is None:
+            self._update_from_gradients()
         return loss
+
+    def _update_from_gradients(self) -> None:
+        """Clips the gradients that lie in ``p.grad``, and updates: by an operator, or by the optimizer's own step."""
+        if not self._update_by_operator():
+            self._update_by_optimizer()
 
     def _update_by_operator(self) -> bool:
         """Clips the gradients that autograd has left in ``p.grad``, and updates. Returns False, and has done nothing,
@@ -614,8 +648,8 @@ class TrainingStep:
     def _has_hooks(self) -> bool:
         """Whether somebody wants to be called before or after the optimizer's step."""
         optimizer = self._optimizer
-        own = len(optimizer._optimizer_step_post_hooks)  # one is UsedGradients
-        return bool(optimizer._optimizer_step_pre_hooks) or own != 1 or any(global_optimizer_hooks)
+        own = len(getattr(optimizer, "_optimizer_step_post_hooks", ()))  # one is UsedGradients
+        return own != 1 or bool(optimizer._optimizer_step_pre_hooks) or any(global_optimizer_hooks)
 
     def _forget_update(self) -> None:
         if self._update is not None:
@@ -627,7 +661,9 @@ class TrainingStep:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         self._optimizer.step()
-        if not self.keep_gradients:
+        if self.keep_gradients:
+            self._used(self._optimizer)  # since a step of the optimizer's own class may call no hooks
+        else:
             self._optimizer.zero_grad()
 
     # ---- of several processes ---------------------------------------------------------------------------------------
@@ -656,7 +692,7 @@ class TrainingStep:
             self._drop_gradients()
             raise
         binding = self._binding
-        if binding is None or not all_by_operators:
+        if binding is None or not all_by_operators or not self._still_fits(binding):
             self._undo()
             flat.give()
             self._update_by_optimizer()
@@ -735,6 +771,15 @@ def training_step(
         model, loss, optimizer, max_norm=max_norm, keep_gradients=keep_gradients, strict=strict,
         process_group=process_group,
     )  # fmt: skip
+
+
+def _gradients_of(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    return [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
+
+
+def _give_back(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 _MOST_SIZES = 256  # of so many sizes of inputs is kept why a model is no network for them

@@ -548,3 +548,132 @@ def test_copies_and_modes() -> None:
 
 def _of_heads(results: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor], factor: float) -> Tensor:
     return F.mse_loss(results[0], target[0]) + factor * F.mse_loss(results[1], target[1])
+
+
+def _pair(optimizer: Callable[..., torch.optim.Optimizer], model: nn.Module) -> tuple[Any, ...]:
+    stock = copy.deepcopy(model)
+    return stock, optimizer(stock.parameters(), 0.05), model, optimizer(model.parameters(), 0.05)
+
+
+def _weight_penalty(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        base = F.mse_loss(output, target)
+        gradients = torch.autograd.grad(base, list(model.parameters()), create_graph=True, allow_unused=True)
+        return base + sum(one.square().sum() for one in gradients if one is not None)
+
+    return loss
+
+
+def test_loss_that_differentiates_by_the_parameters() -> None:
+    """The gradients of parameters which a loss asks for by itself are those of the model, and not None."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    stock, stock_optimizer, model, optimizer = _pair(torch.optim.SGD, model)
+    own_loss, stock_loss = _weight_penalty(model), _weight_penalty(stock)
+    step = fastnn.training_step(model, own_loss, optimizer)
+    for _ in range(3):
+        x, y = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+        expected = stock_loss(stock(x), y)
+        stock_optimizer.zero_grad()
+        expected.backward()
+        stock_optimizer.step()
+        assert_close(step(x, y), expected.detach())
+        assert_close(model.state_dict(), stock.state_dict())
+
+
+def _freeze_first(model: Any, optimizer: torch.optim.Optimizer, turn: int) -> None:
+    model[0].requires_grad_(turn == 0)
+
+
+def _reload(model: Any, optimizer: torch.optim.Optimizer, turn: int) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+EDITS_WITHIN_LOSS: dict[str, Callable[[Any, torch.optim.Optimizer, int], Any]] = {
+    "learning rate": lambda model, optimizer, turn: optimizer.param_groups[0].update(lr=0.1 / (turn + 1)),
+    "weight decay": lambda model, optimizer, turn: optimizer.param_groups[0].update(weight_decay=0.1 * turn),
+    "state cleared": lambda model, optimizer, turn: optimizer.state.clear(),
+    "state loaded": _reload,
+    "layer frozen": _freeze_first,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 0.3}, {"keep_gradients": True}])
+@pytest.mark.parametrize("edit", EDITS_WITHIN_LOSS)
+def test_what_a_loss_changes_counts_in_the_same_step(edit: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    stock, stock_optimizer, model, optimizer = _pair(torch.optim.Adam, model)
+
+    turn = 0
+
+    def loss_of(model: nn.Module, optimizer: torch.optim.Optimizer, output: Tensor, target: Tensor) -> Tensor:
+        EDITS_WITHIN_LOSS[edit](model, optimizer, turn)
+        return F.mse_loss(output, target)
+
+    step = fastnn.training_step(
+        model, lambda output, target: loss_of(model, optimizer, output, target), optimizer, **settings
+    )
+    for turn in range(4):  # noqa: B007  (`loss_of` reads it)
+        x, y = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+        stock_optimizer.zero_grad()
+        loss_of(stock, stock_optimizer, stock(x), y).backward()
+        if "max_norm" in settings:
+            nn.utils.clip_grad_norm_([p for p in stock.parameters() if p.grad is not None], settings["max_norm"])
+        stock_optimizer.step()
+        step(x, y)
+        assert_close(model.state_dict(), stock.state_dict())
+
+
+class _WithView(nn.Module):
+    """Two outputs that share memory."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.fc, self.detach = nn.Linear(4, 6), detach
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.fc(x)
+        return y, y.detach() if self.detach else y[:, :2]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_outputs_that_share_memory(detach: bool) -> None:
+    def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        whole, part = outputs
+        part.clamp_(-0.1, 0.1)
+        return F.mse_loss(whole, target)
+
+    torch.manual_seed(0)
+    stock, stock_optimizer, model, optimizer = _pair(torch.optim.SGD, _WithView(detach).double())
+    step = fastnn.training_step(model, loss, optimizer)
+    for _ in range(2):
+        x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+        expected = loss(stock(x), y)
+        stock_optimizer.zero_grad()
+        expected.backward()
+        stock_optimizer.step()
+        assert_close(step(x, y), expected.detach())
+        assert_close(model.state_dict(), stock.state_dict())
+
+
+class _Teacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2).double()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(self.fc(output), target)
+
+
+def test_loss_with_parameters_that_is_met_at_a_call() -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(3, 2)).double(), _Teacher()
+    stock, stock_optimizer, model, optimizer = _pair(torch.optim.SGD, model)
+    step = fastnn.training_step(model, F.mse_loss, optimizer)
+    step.loss = loss
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    loss(stock(x), y).backward()
+    stock_optimizer.step()
+    step(x, y)
+    assert_close(model.state_dict(), stock.state_dict())

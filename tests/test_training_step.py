@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import threading
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -1796,3 +1797,104 @@ def test_gradients_of_parameters_outside_the_model(settings: dict[str, Any]) -> 
         step(x, y)
         assert_close(model.state_dict(), stock.state_dict())
         assert_close(own_other, other)
+
+
+class _Checked(nn.Module):
+    """Its backward raises where a gradient is not finite, when the second layer has its gradient already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.requires_grad:
+            h.register_hook(self.check)
+        return self.b(h)
+
+    def check(self, gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            raise FloatingPointError("not finite")
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_step_that_raises_in_backward_leaves_no_gradients(accumulates: bool) -> None:
+    torch.manual_seed(0)
+    model = _Checked().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = fastnn.training_step(model, F.mse_loss, optimizer)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    if accumulates:
+        step.accumulate(x, y)
+    before = copy.deepcopy([p.grad for p in model.parameters()])
+    with pytest.raises(FloatingPointError):
+        step(x, y * torch.nan)
+    assert_close([p.grad for p in model.parameters()], before)
+    stock = copy.deepcopy(model)
+    F.mse_loss(stock(x), y).backward()
+    step(x, y)
+    for p, other, gradient in zip(model.parameters(), stock.parameters(), before, strict=True):
+        assert other.grad is not None
+        assert_close(p, other - 0.1 * (other.grad if gradient is None else other.grad + gradient))
+
+
+def test_groups_that_exchange_their_parameters() -> None:
+    """What is trained after the exchange are the optimizer's parameters, also where steps go the ordinary way."""
+    torch.manual_seed(0)
+    model = _Checked().double()
+    optimizer = torch.optim.SGD(model.b.parameters(), 0.1)
+    step = fastnn.training_step(model, F.mse_loss, optimizer)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    step(x, y)
+    optimizer.param_groups[0]["params"] = list(model.a.parameters())
+    stock = copy.deepcopy(model)
+    F.mse_loss(stock(x), y).backward()
+    step(x, y)
+    assert_close(model.a.weight, stock.a.weight - 0.1 * stock.a.weight.grad)
+    assert_close(model.b.weight, stock.b.weight)
+    assert model.b.weight.grad is None
+
+
+@pytest.mark.parametrize("by_hooks", [True, False])
+def test_kept_gradients_count_once_where_a_step_calls_no_hooks(by_hooks: bool) -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    model = copy.deepcopy(stock)
+    optimizers = [torch.optim.SGD(one.parameters(), 0.1) for one in (stock, model)]
+    if not by_hooks:
+        for one in optimizers:
+            one.step = types.MethodType(torch.optim.SGD.step.__wrapped__, one)  # type: ignore[method-assign, attr-defined]
+    step = fastnn.training_step(model, F.mse_loss, optimizers[1], keep_gradients=True)
+    for _ in range(4):
+        x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+        optimizers[0].zero_grad()
+        F.mse_loss(stock(x), y).backward()
+        optimizers[0].step()
+        step(x, y)
+        assert_close(model.state_dict(), stock.state_dict())
+        assert_close([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
+
+
+def test_betas_in_a_list_that_is_changed_in_place() -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    model = copy.deepcopy(stock)
+    optimizers = [torch.optim.Adam([{"params": one.parameters(), "betas": [0.9, 0.999]}]) for one in (stock, model)]
+    step = fastnn.training_step(model, F.mse_loss, optimizers[1], strict=True)
+    for turn in range(4):
+        x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+        for one in optimizers:
+            one.param_groups[0]["betas"][0] = 0.9 - 0.2 * turn
+        optimizers[0].zero_grad()
+        F.mse_loss(stock(x), y).backward()
+        optimizers[0].step()
+        step(x, y)
+        assert_close(model.state_dict(), stock.state_dict())
+
+
+def test_the_model_of_a_step_cannot_be_exchanged() -> None:
+    model = nn.Linear(3, 2)
+    step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(AttributeError):
+        step.model = nn.Linear(3, 2)  # type: ignore[misc]
+    assert step.model is model
