@@ -1744,3 +1744,24 @@ def test_constant_results_are_new_at_each_call() -> None:
             for result in results:
                 result += 10
     assert_close(pickle.loads(pickle.dumps(frozen))(x), tuple(one.detach() for one in expected))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("large", [3e38, torch.inf, torch.nan])
+@pytest.mark.parametrize("place", ["weight", "input"])
+def test_convolution_of_numbers_that_transforms_would_spoil(place: str, large: float, channels_last: bool) -> None:
+    """Packed or not, a weight or an input with such numbers is multiplied directly, and changes no pixel beside them."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    model = nn.Sequential(conv, nn.Sigmoid()).eval()
+    x = torch.randn(2, 32, 12, 12).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.preserve_format
+    )
+    if place == "weight":
+        with torch.no_grad():
+            conv.weight[3, 4, 1, 1] = large
+    frozen = fastnn.freeze(model, x.clone())
+    if place == "input":
+        x[1, 5, 6, 7] = large
+    with torch.no_grad():
+        assert_close(frozen(x), model(x), equal_nan=True)

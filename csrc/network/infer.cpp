@@ -253,7 +253,9 @@ Tensor pack_network(const Tensor& weights, const std::string& program, const Int
     PackedWriter counted(nullptr, kernels.isa, sizeof(T));
     plan.pack(counted);
     Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
-    PackedWriter written(mutable_data<char>(packed), kernels.isa, sizeof(T));
+    char* const memory = mutable_data<char>(packed);
+    advise_huge_pages(memory, static_cast<size_t>(counted.bytes()));
+    PackedWriter written(memory, kernels.isa, sizeof(T));
     plan.pack(written);
     return packed;
   });

@@ -16,20 +16,25 @@ inline const ConvPlan& plan_of_direct(PlanKey key, bool exact) {
 
 // The plan of a call. `plan` is the plan that follows from the key alone. If large or infinite elements would spoil its
 // sums (needs_moderate), and the call has such elements, the result is the plan of direct convolution.
+// weight_is_moderate: whether that is known of the weight, which takes as long to find out as to read it.
 template <class T>
 const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, const PlanKey& key,
-                             const ConvPlan& plan) {
-  return !plan.needs_moderate || kernels.is_moderate(call) ? plan : plan_of_direct(key, true);
+                             const ConvPlan& plan, bool weight_is_moderate = false) {
+  const bool fits = !plan.needs_moderate ||
+                    ((weight_is_moderate || kernels.weight_is_moderate(call)) && kernels.input_is_moderate(call));
+  return fits ? plan : plan_of_direct(key, true);
 }
 
 // Runs a call in which the plan and the packed weight are still missing. `given` is the plan that follows from the key
-// alone. `packed_for(plan)` returns the weight in the plan's packed format, or null to pack it here.
-template <class T, class PackedFor>
+// alone. packed: the weight in that plan's packed format, which is moderate if the plan needs that; or null to pack it
+// here.
+template <class T>
 void run_planned_conv(const ConvKernels<T>& kernels, ConvCall<T>& call, int64_t dims, const PlanKey& key,
-                      const ConvPlan& given, const PackedFor& packed_for) {
-  const ConvPlan& plan = plan_of_call(kernels, call, key, given);
-  const Compute<T>* const packed = packed_for(plan);
-  if (plan.algorithm != ForwardAlgorithm::stock) return run_by_plan(kernels, call, plan, packed);
+                      const ConvPlan& given, const Compute<T>* packed) {
+  const ConvPlan& plan = plan_of_call(kernels, call, key, given, packed != nullptr);
+  if (plan.algorithm != ForwardAlgorithm::stock) {
+    return run_by_plan(kernels, call, plan, &plan == &given ? packed : nullptr);
+  }
   if (run_by_stock(kernels, call, dims)) return;
   run_by_plan<T>(kernels, call, plan_of_direct(key, key.request.exact), nullptr);
 }
@@ -63,8 +68,7 @@ void run_conv_forward(const ConvPoolProblem& problem, const Activation& activati
   call.winners = winners ? mutable_data<uint8_t>(*winners) : nullptr;
   const ConvKernels<T>& kernels = conv_kernels().get<T>();
   const PlanKey key = plan_key<T>(kernels, call.geometry, input.channels_last, result.channels_last, algorithm);
-  run_planned_conv(kernels, call, problem.dims, key, plan_for(key),
-                   [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
+  run_planned_conv<T>(kernels, call, problem.dims, key, plan_for(key), nullptr);
 }
 
 // Whether torch computes the convolution and nothing is pooled, so that only an activation remains to be done.

@@ -42,8 +42,7 @@ void input_gradient_by_forward(const ConvBackwardKernels<T>& backward_kernels, c
   turned.output = mutable_data<T>(grad_input);
   turned.output_layout = result.layout;
   const PlanKey key = plan_key<T>(kernels, turned.geometry, call.output_layout.d[2] != 1, result.channels_last, -1);
-  run_planned_conv(kernels, turned, dims, key, plan_for(key),
-                   [](const ConvPlan&) -> const Compute<T>* { return nullptr; });
+  run_planned_conv<T>(kernels, turned, dims, key, plan_for(key), nullptr);
 }
 
 }  // namespace fastnn

@@ -5,6 +5,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
@@ -37,6 +38,15 @@ struct Blocks {
 
 }  // namespace
 
+void advise_huge_pages([[maybe_unused]] void* block, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr size_t kHuge = 2 << 20;  // bytes of a page, on x86 and on most ARM systems
+  const size_t before = (kHuge - reinterpret_cast<uintptr_t>(block) % kHuge) % kHuge;
+  if (bytes < before + kHuge) return;
+  madvise(static_cast<char*>(block) + before, (bytes - before) / kHuge * kHuge, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+}
+
 size_t KeptMemory::most_idle_bytes() {
 #if defined(__linux__)
   static const size_t quarter =
@@ -61,9 +71,12 @@ void* KeptMemory::take(size_t bytes) {
     }
   }
   void* block = std::aligned_alloc(64, size);
-  if (block) return block;
-  release();
-  return std::aligned_alloc(64, size);
+  if (!block) {
+    release();
+    block = std::aligned_alloc(64, size);
+  }
+  if (block) advise_huge_pages(block, size);
+  return block;
 }
 
 void KeptMemory::give_back(void* block, size_t bytes) {

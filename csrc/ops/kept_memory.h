@@ -14,6 +14,11 @@
 
 namespace fastnn {
 
+// Asks the system for huge pages under a large block of memory that was not written yet. A weight that comes from far
+// away is read faster so (7 % of ResNet-18's time), since a processor knows where few small pages lie. Of the block,
+// only whole huge pages change, so that no more memory is used.
+void advise_huge_pages(void* block, size_t bytes);
+
 class KeptMemory {
  public:
   // Smaller blocks are left to the C library, which keeps them itself.

@@ -176,7 +176,8 @@ auto with_dtype(ScalarType dtype, const Body& body) {
 
 // A thread's own block of scratch memory. It is kept, so that a small call pays neither for malloc nor for new pages.
 struct ThreadScratch {
-  static constexpr size_t kBytes = 64 << 20;  // of address space; only what has been used takes memory
+  static constexpr size_t kBytes = 64 << 20;      // of address space; only what has been used takes memory
+  static constexpr size_t kSmallPages = 2 << 20;  // at the begin, which is all that most calls use
   char* data = nullptr;
   size_t used = 0;  // bytes; the block is used as a stack
 
@@ -184,6 +185,11 @@ struct ThreadScratch {
   ThreadScratch(const ThreadScratch&) = delete;
   ThreadScratch& operator=(const ThreadScratch&) = delete;
   ~ThreadScratch() { std::free(data); }
+
+  void reserve() {
+    data = static_cast<char*>(std::aligned_alloc(64, kBytes));
+    if (data) advise_huge_pages(data + kSmallPages, kBytes - kSmallPages);
+  }
 
   static ThreadScratch& of_this_thread() {
     static thread_local ThreadScratch scratch;
@@ -199,7 +205,7 @@ class Scratch {
     const int64_t wanted = checked_product(std::max<int64_t>(count, 1), sizeof(T));
     bytes_ = (static_cast<size_t>(wanted) + 63) / 64 * 64;
     borrowed_ = bytes_ <= ThreadScratch::kBytes - kept_.used;
-    if (borrowed_ && !kept_.data) kept_.data = static_cast<char*>(std::aligned_alloc(64, ThreadScratch::kBytes));
+    if (borrowed_ && !kept_.data) kept_.reserve();
     data_ = !borrowed_ ? KeptMemory::take(bytes_) : kept_.data ? kept_.data + kept_.used : nullptr;
     FASTNN_CHECK(data_ != nullptr, "out of memory: could not allocate ", wanted, " bytes of scratch");
     if (borrowed_) kept_.used += bytes_;

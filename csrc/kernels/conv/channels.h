@@ -31,17 +31,22 @@ FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, con
 
 // Sums `count` pixels, `step` apart, by tiles that are as equal as possible. The products [first_k, last_k) are added
 // in parts of `longest`, since long sums would round too much. The part from 0 on begins with the bias; the others
-// are added to what stands in `to`.
+// are added to what stands in `to`. next_weight: elements from this weight to the one that is multiplied next, which
+// the first tiles bring into L2, each a line of every row; 0 for none. Else few pixels would wait for a weight from far
+// away.
 template <class E, class C = Compute<E>>
 void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets, Runs runs,
-                int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to, int64_t longest = kLongestSum) {
+                int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to, int64_t longest = kLongestSum,
+                int64_t next_weight = 0) {
+  constexpr int64_t kLine = 64, kBytes = sizeof(E);
   const int64_t width = vectors * kLanes<C>, tiles = divide_up(count, most_rows<E>(vectors, runs));
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = count * t / tiles, last = count * (t + 1) / tiles;
+    const int64_t ahead = next_weight > 0 && t * kLine < width * kBytes ? next_weight * kBytes + t * kLine : 0;
     const auto tile = channel_tiles<E>().at[vectors - 1][last - first - 1];
     for (int64_t k = first_k; k < last_k; k += longest) {
       tile({pixels + first * step, step, offsets + k, smaller(longest, last_k - k), weight + k * width,
-            k == 0 ? bias : nullptr, to + first * width, width, runs.from(k)});
+            k == 0 ? bias : nullptr, to + first * width, width, runs.from(k), ahead});
     }
   }
 }

@@ -75,10 +75,12 @@ void run(const ConvCall<T>& call, int64_t first, int64_t last, void* scratch) {
 
 }  // namespace
 
-extern const ConvKernelTable conv_kernels = {
-    {kMachine, pack<float>, run<float>, is_moderate<float>, rectify<float>, finish_run<float>},
-    {kMachine, pack<double>, run<double>, is_moderate<double>, rectify<double>, finish_run<double>},
-    {kMachine, pack<bfloat16>, run<bfloat16>, is_moderate<bfloat16>, rectify<bfloat16>, finish_run<bfloat16>}};
+extern const ConvKernelTable conv_kernels = {{kMachine, pack<float>, run<float>, input_is_moderate<float>,
+                                              weight_is_moderate<float>, rectify<float>, finish_run<float>},
+                                             {kMachine, pack<double>, run<double>, input_is_moderate<double>,
+                                              weight_is_moderate<double>, rectify<double>, finish_run<double>},
+                                             {kMachine, pack<bfloat16>, run<bfloat16>, input_is_moderate<bfloat16>,
+                                              weight_is_moderate<bfloat16>, rectify<bfloat16>, finish_run<bfloat16>}};
 
 }  // namespace FASTNN_ISA
 }  // namespace fastnn

@@ -56,29 +56,35 @@ bool is_small(const T* from, int64_t count, int64_t size, int64_t step) {
   return small;
 }
 
-// Whether the input and the weight of a call, forward or backward, are moderate: finite, and so small that transforms
-// cannot make infinities of them.
-template <class T, template <class> class Call>
-bool is_moderate(const Call<T>& call) {
+// Whether `count` parts of `size` elements, `step` apart, are moderate: finite, and so small that transforms cannot
+// make infinities of them.
+template <class T>
+bool are_moderate(const T* from, int64_t count, int64_t size, int64_t step) {
   using C = Compute<T>;
-  const ConvPoolGeometry& g = call.geometry;
-  const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
-  Vec<C> total = {};
-  total = add_squares_of_parts(call.input, g.batch, image, call.input_layout.n, total);
-  total = add_squares_of_parts(call.weight, g.groups * g.out_channels, g.depth(), call.weight_layout.n, total);
-  const C sum = sum_lanes<C>(total);
-  if (sum - sum != 0) return false;
-  return sizeof(T) != sizeof(bfloat16) || is_small(call.input, g.batch, image, call.input_layout.n);
+  const C sum = sum_lanes<C>(add_squares_of_parts(from, count, size, step, Vec<C>{}));
+  return sum - sum == 0;
 }
 
-// Whether the gradient of the output is moderate. Its images have no gaps.
+// Whether the input of a call, forward or backward, is moderate.
+template <class T, template <class> class Call>
+bool input_is_moderate(const Call<T>& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t image = g.groups * g.in_channels * g.input[0] * g.input[1] * g.input[2];
+  return are_moderate(call.input, g.batch, image, call.input_layout.n) &&
+         (sizeof(T) != sizeof(bfloat16) || is_small(call.input, g.batch, image, call.input_layout.n));
+}
+
+template <class T, template <class> class Call>
+bool weight_is_moderate(const Call<T>& call) {
+  const ConvPoolGeometry& g = call.geometry;
+  return are_moderate(call.weight, g.groups * g.out_channels, g.depth(), call.weight_layout.n);
+}
+
+// The gradient of the output has images without gaps.
 template <class T, template <class> class Call>
 bool gradient_is_moderate(const Call<T>& call) {
-  using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
-  const int64_t image = g.groups * g.out_channels * g.pixels();
-  const C sum = sum_lanes<C>(add_squares_of_parts(call.grad_output, g.batch, image, call.output_layout.n, Vec<C>{}));
-  return sum - sum == 0;
+  return are_moderate(call.grad_output, g.batch, g.groups * g.out_channels * g.pixels(), call.output_layout.n);
 }
 
 }  // namespace FASTNN_ISA

@@ -434,12 +434,15 @@ ConvPlan plan_winograd(const Planner& p) {
   plan.algorithm = ForwardAlgorithm::winograd;
   plan.needs_moderate = true;
   WinogradPlan& w = plan.winograd;
-  w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
+  // An odd number of vectors: tiles a power of two apart would fall into few of the cache's sets.
+  w.pitch = (divide_up(g.in_channels, p.lanes) | 1) * p.lanes;
+  w.line = p.lanes;
+  const int64_t width = std::min(p.block, round_up(g.out_channels, p.lanes));
   const auto slice_tiles = [&](const BandPlan& band) {
     return divide_up(band.conv[1], tile) * divide_up(band.conv[2], tile);
   };
   const auto tile_bytes = [&](const BandPlan& band) {
-    return slice_tiles(band) * positions * (w.pitch * band.input[0] + p.block * band.conv[0]) * p.compute_bytes;
+    return slice_tiles(band) * positions * (w.pitch * band.input[0] + width * band.conv[0]) * p.compute_bytes;
   };
   // A row of tiles fills as many slots as it has conv rows, of which no window needs what was there before.
   const int64_t ring_rows = round_up(g.pool_extent(1) + tile - 1, tile);
@@ -485,8 +488,8 @@ ConvPlan plan_winograd(const Planner& p) {
   const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
   Memory memory;
   memory.take(points * (tile * w.tile_columns + 2) * w.pitch, p.compute_bytes)
-      .take(positions * tiles * w.band.input[0] * w.pitch, p.compute_bytes)
-      .take(positions * tiles * w.band.conv[0] * p.block, p.compute_bytes)
+      .take(positions * (tiles * w.band.input[0] * w.pitch + w.line), p.compute_bytes)
+      .take(positions * (tiles * w.band.conv[0] * p.block + w.line), p.compute_bytes)
       .take(p.block, p.compute_bytes)
       .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);

@@ -45,8 +45,10 @@ struct ConvKernels {
   void (*pack)(const ConvCall<T>&, int64_t first, int64_t last);
   // Items [first, last) of plan.items, with a thread's own scratch memory.
   void (*run)(const ConvCall<T>&, int64_t first, int64_t last, void* scratch);
-  // Whether all elements of input and weight are finite and so small that transforms cannot make infinities of them.
-  bool (*is_moderate)(const ConvCall<T>&);
+  // Whether all elements of the input, or of the weight, are finite and so small that transforms cannot make infinities
+  // of them.
+  bool (*input_is_moderate)(const ConvCall<T>&);
+  bool (*weight_is_moderate)(const ConvCall<T>&);
   // ReLU and argmaxes of conv pixels, in any order, where each conv pixel is a window.
   void (*rectify)(const T* from, int64_t count, T* to, uint8_t* winners);
   // to = activation(from + addend), element by element. addend may be null, and `from` may be `to`.

@@ -240,8 +240,9 @@ class WinogradForward {
         parts_(scratch) {
     const int64_t tiles = plan_.band.images * plan_.band.input[0] * plan_.tile_rows * plan_.tile_columns;
     rows_ = parts_.take<C>(points_ * (tile_ * plan_.tile_columns + 2) * plan_.pitch);
-    transformed_ = parts_.take<C>(positions_ * tiles * plan_.pitch);
-    sums_ = parts_.take<C>(positions_ * tiles / plan_.band.input[0] * plan_.band.conv[0] * kBlockVectors * kLanes<C>);
+    transformed_ = parts_.take<C>(positions_ * (tiles * plan_.pitch + plan_.line));
+    const int64_t sums = tiles / plan_.band.input[0] * plan_.band.conv[0] * kBlockVectors * kLanes<C>;
+    sums_ = parts_.take<C>(positions_ * (sums + plan_.line));
     zeros_ = parts_.take<C>(kBlockVectors * kLanes<C>);
     offsets_ = parts_.take<int64_t>(g_.in_channels * g_.kernel[0]);
     fill_zeros(zeros_, kBlockVectors * kLanes<C>);
@@ -254,9 +255,10 @@ class WinogradForward {
       const int64_t tile_rows = divide_up((band.rows - 1) * g_.pool_stride[1] + g_.pool_extent(1), tile_);
       const int64_t in_slices = plan_.band.input[0], conv_slices = plan_.band.conv[0];
       const int64_t slice_tiles = tile_rows * plan_.tile_columns;
-      const int64_t in_tiles = band.images * in_slices * slice_tiles, tiles = band.images * conv_slices * slice_tiles;
+      const int64_t tiles = band.images * conv_slices * slice_tiles;
+      const int64_t input_step = band.images * in_slices * slice_tiles * plan_.pitch + plan_.line;  // of positions
       for (int64_t i = 0; i < band.images * in_slices; ++i) {
-        transform_slice(band, band.image + i / in_slices, band.input[0] + i % in_slices, tile_rows, in_tiles,
+        transform_slice(band, band.image + i / in_slices, band.input[0] + i % in_slices, tile_rows, input_step,
                         i * slice_tiles);
       }
       const bool slices_first = weight_is_channels_last(call_);
@@ -274,15 +276,15 @@ class WinogradForward {
       part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
       for (int64_t b = first; b < last; ++b) {
         const Block block = block_of<C>(g_, b);
-        const int64_t width = block.vectors * kLanes<C>;
+        const int64_t width = block.vectors * kLanes<C>, sums_step = tiles * width + plan_.line;
         const C* weight = call_.packed + weight_offset<T>(g_, band.group, block);
         for (int64_t position = 0; position < positions_; ++position) {
           for (int64_t i = 0; i < band.images * conv_slices; i += together) {
             const int64_t slice = i / conv_slices * in_slices + i % conv_slices * g_.stride[0];
-            sum_pixels<C>(block.vectors, transformed_ + (position * in_tiles + slice * slice_tiles) * plan_.pitch,
+            sum_pixels<C>(block.vectors, transformed_ + position * input_step + slice * slice_tiles * plan_.pitch,
                           plan_.pitch, together * slice_tiles, offsets_, runs, 0, depth_,
                           weight + position * position_size<C>(g_, width), zeros_,
-                          sums_ + (position * tiles + i * slice_tiles) * width, longest);
+                          sums_ + position * sums_step + i * slice_tiles * width, longest, position_size<C>(g_, width));
           }
         }
         for (int64_t i = 0; i < band.images; ++i) {
@@ -290,7 +292,7 @@ class WinogradForward {
             const int64_t row = (y - band.conv[1]) / tile_, tile = segment.conv / tile_;  // segments are whole tiles
             const int64_t slice = i * conv_slices + z - band.conv[0];
             const C* sums = sums_ + (slice * slice_tiles + row * plan_.tile_columns + tile) * width;
-            make_rows(pool, z, band.conv[1] + tile_ * row, sums, tiles * width, block.vectors, segment.inside);
+            make_rows(pool, z, band.conv[1] + tile_ * row, sums, sums_step, block.vectors, segment.inside);
           });
         }
       }
@@ -298,7 +300,8 @@ class WinogradForward {
   }
 
  private:
-  void transform_slice(const Band& band, int64_t image, int64_t z, int64_t tile_rows, int64_t tiles, int64_t tile) {
+  void transform_slice(const Band& band, int64_t image, int64_t z, int64_t tile_rows, int64_t position_step,
+                       int64_t tile) {
     const int64_t columns = tile_ * plan_.tile_columns + 2, pitch = plan_.pitch;
     const ConvLayout& layout = call_.input_layout;
     const int64_t at = image * layout.n + band.group * g_.in_channels * layout.c + z * layout.d[0];
@@ -309,7 +312,7 @@ class WinogradForward {
     for (int64_t row = 0; row < tile_rows; ++row) {
       rows.move_to(slice, band.input[1] + tile_ * row, band.input[2], columns, row > 0);
       for (int64_t x = 0; x < plan_.tile_columns; ++x, ++tile) {
-        rows.transform(x, g_.in_channels, transformed_ + tile * pitch, tiles * pitch);
+        rows.transform(x, g_.in_channels, transformed_ + tile * pitch, position_step);
       }
     }
   }

@@ -95,6 +95,8 @@ class ConvLayer : public Layer<T> {
       return;
     }
     ConvCall<T> call = call_of(site, g);
+    // A weight that the plan cannot take is not packed, and so its calls go another way.
+    if (prepared.plan.needs_moderate && !site.kernels.conv->weight_is_moderate(call)) return;
     call.plan = &prepared.plan;
     call.packed = packed.give<T>(packing_of(prepared.plan), prepared.plan.packed_size);
     if (call.packed) site.kernels.conv->pack(call, 0, prepared.plan.pack_items);
@@ -108,9 +110,8 @@ class ConvLayer : public Layer<T> {
     call.input = given.input(0);
     call.output = given.output(0);
     call.addend = given.site.inputs.size() > 1 ? given.input(1) : nullptr;
-    run_planned_conv(
-        *given.site.kernels.conv, call, prepared.problem.dims, prepared.key, prepared.plan,
-        [&](const ConvPlan& plan) { return given.packed.template take<T>(packing_of(plan), plan.packed_size); });
+    run_planned_conv<T>(*given.site.kernels.conv, call, prepared.problem.dims, prepared.key, prepared.plan,
+                        given.packed.template take<T>(packing_of(prepared.plan), prepared.plan.packed_size));
   }
 
  private:

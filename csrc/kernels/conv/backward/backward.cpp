@@ -115,7 +115,8 @@ void turn(const T* from, int64_t rows, int64_t columns, T* to) {
 template <class T>
 constexpr ConvBackwardKernels<T> kernels() {
   ConvBackwardKernels<T> all{kMachine,
-                             is_moderate<T>,
+                             input_is_moderate<T>,
+                             weight_is_moderate<T>,
                              gradient_is_moderate<T>,
                              scratch_size<T>,
                              pack<T>,

@@ -277,7 +277,8 @@ ConvBackwardPlan plan_winograd(const Planner& p) {
   w.tiles = g.batch * w.rows * w.columns;
   w.lanes = p.lanes;
   w.outputs = round_up(g.out_channels, p.lanes);
-  w.pitch = round_up(g.in_channels, p.lanes) + p.lanes;  // off the powers of two, for the sake of the cache's sets
+  // An odd number of vectors: tiles a power of two apart would fall into few of the cache's sets.
+  w.pitch = (divide_up(g.in_channels, p.lanes) | 1) * p.lanes;
   // Half of the longest sum, so that less of what is transformed leaves the cache; but no second part without need.
   w.part = w.tiles <= p.longest_sum ? w.tiles : p.longest_sum / 2;
   if (w.columns <= w.part) w.part -= w.part % w.columns;

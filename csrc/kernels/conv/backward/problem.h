@@ -35,10 +35,12 @@ struct ConvBackwardPiece {
 template <class T>
 struct ConvBackwardKernels {
   Machine machine;  // what these kernels were compiled for
-  // As in forward: whether no element of input and weight is infinite, nearly infinite or NaN.
-  bool (*is_moderate)(const ConvBackward<T>&);
+  // As in forward: whether no element is infinite, nearly infinite or NaN.
+  bool (*input_is_moderate)(const ConvBackward<T>&);
+  bool (*weight_is_moderate)(const ConvBackward<T>&);
   // The same of the output's gradient, whose images are contiguous or channels last.
   bool (*gradient_is_moderate)(const ConvBackward<T>&);
+  bool are_moderate(const ConvBackward<T>& call) const { return input_is_moderate(call) && weight_is_moderate(call); }
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
