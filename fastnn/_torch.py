@@ -4,6 +4,7 @@ where a torch no longer has the name. tests/test_torch_names.py checks that the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -134,9 +135,18 @@ def raw_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream if get is None else get(device))
 
 
-def inductor() -> Callable[..., Any]:
-    """The compiler that takes a captured graph and example inputs."""
-    compiler: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+# What torch.compile makes of its arguments mode, options and dynamic for its own backend.
+_inductor_with_options: Any = _private("_TorchCompileInductorWrapper", None)
+
+
+def inductor(mode: str | None = None, options: Any = None) -> Callable[..., Any]:
+    """The compiler that takes a captured graph and example inputs, with a mode or options as torch.compile takes
+    them."""
+    compiler: Callable[..., Any]
+    if (mode or options) and _inductor_with_options is not None:
+        compiler = _inductor_with_options(mode, options, None)
+    else:
+        compiler = partial(torch._dynamo.lookup_backend("inductor"), **{"config_patches": options} if options else {})
     return compiler
 
 

@@ -13,14 +13,17 @@ from fastnn._torch import inductor
 from fastnn.graph.matcher import insert, match
 
 
-def fastnn(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
-    """Puts fastnn's operators into the graph that Dynamo has captured, and compiles it by Inductor."""
+def fastnn(
+    graph: torch.fx.GraphModule, example_inputs: list[Any], mode: str | None = None, options: Any = None
+) -> Callable[..., Any]:
+    """Puts fastnn's operators into the graph that Dynamo has captured, and compiles it by Inductor, of which `mode` and
+    `options` are."""
     found = match(graph.graph, dict(graph.named_modules())).found
     if found:
         insert(graph.graph, found, {node: node for node in graph.graph.nodes}, _no_modules)
         graph.graph.lint()
         graph.recompile()
-    compiled: Callable[..., Any] = inductor()(graph, example_inputs, **options)
+    compiled: Callable[..., Any] = inductor(mode, options)(graph, example_inputs)
     return compiled
 
 

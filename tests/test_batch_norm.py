@@ -1,5 +1,6 @@
 """Batch norm, ReLU and max-pool in one pass: numbers, gradients of gradients, statistics, special values."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -159,3 +160,27 @@ def test_special_values_and_empty() -> None:
     for bad in (torch.randn(1, 3, 1, 1), torch.randn(3, 4, 4)):
         with pytest.raises((ValueError, RuntimeError)):
             batch_norm_relu_max_pool(bad, mean, var, gamma[:2], beta, dims=2, training=True, **pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 4), (40, 3, 9, 9)], ids=["few pixels", "many"])
+def test_a_norm_of_another_dtype_than_the_convolution(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval().to(dtype)
+    model[1].float()
+    x = torch.randn(sizes, dtype=dtype)
+    torch.testing.assert_close(fastnn.fuse(copy.deepcopy(model))(x), model(x))
+
+
+@pytest.mark.parametrize("pool", [None, torch.nn.MaxPool1d(2)])
+def test_a_signal_without_a_batch(pool: torch.nn.Module | None) -> None:
+    """BatchNorm1d takes its channels for a batch, and its steps for features."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv1d(8, 8, 3, padding=1), torch.nn.BatchNorm1d(8), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, *([] if pool is None else [pool])).eval()
+    model[1].running_mean = torch.randn(8)
+    fused = fastnn.fuse(copy.deepcopy(model))
+    x = torch.randn(8, 8)
+    torch.testing.assert_close(fused(x), model(x))
+    with pytest.raises(RuntimeError):
+        fused(torch.randn(8, 7))

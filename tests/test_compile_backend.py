@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fusing import fused_copy
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -208,3 +209,40 @@ def test_a_fused_recurrent_layer_with_a_head(kind: str, backend: str) -> None:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(torch.compile(fused, backend=backend)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"options": {"max_autotune": False}}, {"mode": "reduce-overhead"}, {"mode": "default"}, {"options": {}}]
+)
+def test_what_torch_compile_is_given(given: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    assert_close(torch.compile(model, backend="fastnn", **given)(x), model(x))
+    torch.compiler.reset()
+
+
+def test_options_reach_inductor() -> None:
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="Unexpected optimization option no_option"):
+        torch.compile(nn.Linear(4, 8), backend="fastnn", options={"no_option": 1})(torch.randn(3, 4))
+
+
+def test_a_function_without_inputs() -> None:
+    torch.compiler.reset()
+
+    def pooled() -> Tensor:
+        return F.max_pool2d(F.relu(torch.arange(64.0).reshape(1, 1, 8, 8) - 30), 2)
+
+    assert_close(torch.compile(pooled, backend="fastnn")(), pooled())
+
+
+@pytest.mark.parametrize("sizes", [((8,), None), ((4, 8), (1, 4)), ((4, 8), (5, 4)), ((4, 8), ())])
+def test_linear_layers_that_torch_broadcasts(sizes: tuple[Any, Any]) -> None:
+    torch.compiler.reset()
+    weight, bias = (None if one is None else torch.randn(one) for one in sizes)
+    first, x = torch.randn(8, 6), torch.randn(5, 6)
+
+    def chain(x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, first)), weight, bias)
+
+    assert_close(torch.compile(chain, backend="fastnn")(x), chain(x))

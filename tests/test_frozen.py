@@ -1750,7 +1750,7 @@ def test_constant_results_are_new_at_each_call() -> None:
 @pytest.mark.parametrize("large", [3e38, torch.inf, torch.nan])
 @pytest.mark.parametrize("place", ["weight", "input"])
 def test_convolution_of_numbers_that_transforms_would_spoil(place: str, large: float, channels_last: bool) -> None:
-    """Packed or not, a weight or an input with such numbers is multiplied directly, and changes no pixel beside them."""
+    """Packed or not, a weight or an input with such numbers is multiplied directly, and spoils no pixel beside them."""
     torch.manual_seed(0)
     conv = nn.Conv2d(32, 32, 3, padding=1)
     model = nn.Sequential(conv, nn.Sigmoid()).eval()

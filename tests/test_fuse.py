@@ -844,3 +844,56 @@ def test_inputs_of_a_class_of_their_own(records: bool) -> None:
     assert result.note == expected.note == "kept"
     assert_close(result, expected)
     assert type(fused(torch.randn(2, 3, 12, 12))) is Tensor
+
+
+class ByName(nn.Module):
+    """Layers as functions whose input is given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3))
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(input=F.relu(input=F.conv2d(input=x, weight=self.kernel)), kernel_size=2)
+        return F.relu(F.linear(weight=self.weight, input=pooled.mean((2, 3))))
+
+
+def test_a_trial_of_functions_whose_input_is_given_by_name() -> None:
+    model = ByName()
+    check(fused_copy(model, image()), model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("made_there", [False, True])
+def test_a_trial_in_inference_mode(training: bool, made_there: bool) -> None:
+    model = network().train(training)
+    with torch.inference_mode():
+        own = copy.deepcopy(model) if made_there else model
+        fused = fused_copy(own, image())
+        check(fused, own)
+        assert torch.is_inference_mode_enabled()
+
+
+class Widened(nn.Module):
+    """A chain of linear functions of which torch takes more tensors than operators do."""
+
+    def __init__(self, weight: tuple[int, ...], bias: tuple[int, ...] | None, first_bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(16, 8))
+        self.first_bias = nn.Parameter(torch.randn(16)) if first_bias else None
+        self.weight = nn.Parameter(torch.randn(weight))
+        self.bias = None if bias is None else nn.Parameter(torch.randn(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, self.first, self.first_bias)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("sizes", [((16,), None), ((4, 16), (1, 4)), ((4, 16), (5, 4)), ((4, 16), ()), ((4, 16), (1,))])
+@pytest.mark.parametrize("first_bias", [False, True])
+def test_linear_functions_of_other_tensors(sizes: tuple[Any, Any], first_bias: bool) -> None:
+    model, x = Widened(*sizes, first_bias), torch.randn(5, 8)
+    fused = fused_copy(model)
+    for records in (True, False):
+        with torch.set_grad_enabled(records):
+            assert_close(fused(x), model(x))

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mlp_chains import make_chain, split
 
-from fastnn.functional import mlp
+from fastnn.functional import linear_relu, mlp
 from fastnn.ops.mlp import join_parameters
 
 # What is not the activations of two layers, though a part of it is.
@@ -21,7 +22,7 @@ BAD = {
     "features": lambda x, w, b: (torch.randn(5, 4), w, b),
     "chain": lambda x, w, b: (x, [w[0], torch.randn(3, 8)], b),
     "bias size": lambda x, w, b: (x, w, [b[0], torch.randn(4)]),
-    "bias rank": lambda x, w, b: (x, w, [b[0], torch.randn(1, 3)]),
+    "bias rank": lambda x, w, b: (x, w, [b[0], torch.randn(4, 3)]),
     "weight rank 1": lambda x, w, b: (x, [w[0], torch.randn(7)], b),
     "weight rank 3": lambda x, w, b: (x, [w[0], torch.randn(3, 7, 1)], b),
     "weight dtype": lambda x, w, b: (x, [w[0].double(), w[1]], b),
@@ -60,6 +61,31 @@ class TestBadInput:
         x.requires_grad_(requires_grad)
         found = mlp(x, weights, [biases[0][:1], biases[1]], "relu")
         assert torch.equal(found, mlp(x, weights, [biases[0][:1].expand(7).clone(), biases[1]], "relu"))
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    @pytest.mark.parametrize("sizes", [(1, 3), (5, 3), ()])
+    def test_biases_that_torch_broadcasts(self, sizes: tuple[int, ...], requires_grad: bool) -> None:
+        x, weights, biases = split(make_chain(5, (6, 7, 3)))
+        x.requires_grad_(requires_grad)
+        bias = torch.randn(sizes)
+        expected = F.linear(F.relu(F.linear(x, weights[0], biases[0])), weights[1], bias)
+        torch.testing.assert_close(mlp(x, weights, [biases[0], bias]), expected)
+        torch.testing.assert_close(
+            mlp(x, weights[:1], [bias.new_zeros(1, 7)], ["relu"]), F.relu(F.linear(x, weights[0]))
+        )
+        expected = F.relu(F.linear(expected, weights[1].T, bias.new_ones(1, 7)))
+        found = linear_relu(mlp(x, weights, [biases[0], bias]), weights[1].T.contiguous(), bias.new_ones(1, 7))
+        torch.testing.assert_close(found, expected)
+        for operator in (torch.ops.fastnn.mlp, torch.ops.fastnn.mlp_with_hidden):
+            with pytest.raises(RuntimeError):
+                operator(x, [*weights, biases[0], bias], "relu|identity")
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_a_weight_that_is_a_vector(self, requires_grad: bool) -> None:
+        x, weights, _ = split(make_chain(5, (6, 7, 3)))
+        x.requires_grad_(requires_grad)
+        expected = F.linear(F.relu(F.linear(x, weights[0])), weights[1][0])
+        torch.testing.assert_close(mlp(x, [weights[0], weights[1][0]], [None, None]), expected)
 
     def test_lists_that_do_not_fit(self) -> None:
         x, weights, biases = split(make_chain(5, (6, 7, 3)))

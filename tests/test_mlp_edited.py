@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,10 @@ def test_operators_of_sequential() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of its own code
 @pytest.mark.skipif(not torch.backends.quantized.supported_engines, reason="torch was built without quantization")
+@pytest.mark.skipif(
+    platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's own quantized layers need AVX2",
+)
 def test_quantize_dynamic() -> None:
     module, x = MLP([8, 8, 8]), torch.randn(4, 8)
     quantized = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, torch.qint8)

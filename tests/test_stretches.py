@@ -1158,3 +1158,160 @@ def test_an_inference_tensor_changes_no_statistics() -> None:
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             model(x)
     assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or what it raises."""
+    try:
+        return call()
+    except (IndexError, RuntimeError, ValueError) as error:
+        return type(error), str(error)
+
+
+def _assert_as_stock(stock: nn.Module, fused: nn.Module, *inputs: Tensor) -> None:
+    """Both models give the same, or raise the same, where gradients are recorded and where they are not."""
+    for records in (False, True):
+        with torch.set_grad_enabled(records):
+            expected, found = (_outcome(lambda model=model: model(*inputs)) for model in (stock, fused))
+        if isinstance(expected, Tensor):
+            assert_close(found, expected)
+        else:
+            assert found == expected
+
+
+def _conv(dims: int) -> nn.Module:
+    return getattr(nn, f"Conv{dims}d")(3, 4, 3, padding=1)
+
+
+# Layers of other dimensions than those before them: torch takes the channels for a dimension, or raises.
+_OTHER_DIMENSIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv1d, MaxPool2d": (lambda: nn.Sequential(_conv(1), nn.MaxPool2d(2)), (2, 3, 12)),
+    "Conv1d, ReLU, MaxPool2d": (lambda: nn.Sequential(_conv(1), nn.ReLU(), nn.MaxPool2d(2)), (2, 3, 12)),
+    "of the same sizes": (lambda: nn.Sequential(_conv(1), nn.ReLU(), nn.MaxPool2d(3, 1, 1)), (2, 3, 12)),
+    "Conv2d, ReLU, MaxPool3d": (lambda: nn.Sequential(_conv(2), nn.ReLU(), nn.MaxPool3d((2, 1, 1))), (2, 3, 6, 6)),
+    "Conv2d, ReLU, MaxPool1d": (lambda: nn.Sequential(_conv(2), nn.ReLU(), nn.MaxPool1d(2)), (2, 3, 6, 6)),
+    "Conv1d, BatchNorm1d, ReLU, MaxPool2d": (
+        lambda: nn.Sequential(_conv(1), nn.BatchNorm1d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        (2, 3, 12),
+    ),
+    "Conv1d, BatchNorm2d, ReLU": (lambda: nn.Sequential(_conv(1), nn.BatchNorm2d(4), nn.ReLU()), (2, 3, 12)),
+    "Conv1d, BatchNorm2d": (lambda: nn.Sequential(_conv(1), nn.BatchNorm2d(4), nn.Tanh()), (2, 3, 12)),
+    **{
+        f"{kind}{dims}d of {len(sizes)} dimensions": (
+            lambda kind=kind, dims=dims: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), getattr(nn, f"{kind}{dims}d")(1)),
+            sizes,
+        )
+        for kind in ("AdaptiveMaxPool", "AdaptiveAvgPool")
+        for dims in (1, 2, 3)
+        for sizes in ((8,), (4, 8), (2, 4, 8), (2, 3, 4, 8), (2, 2, 3, 4, 8), (2, 2, 2, 3, 4, 8))
+    },
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", _OTHER_DIMENSIONS)
+def test_layers_of_other_dimensions(name: str, training: bool) -> None:
+    make, sizes = _OTHER_DIMENSIONS[name]
+    stock, fused = (model.train(training) for model in _pair(make))
+    _assert_as_stock(stock, fused, torch.randn(sizes, dtype=torch.float64))
+
+
+# A function of two linear layers, a norm or none, and sizes that torch refuses, but for the last.
+_REFUSED: dict[str, tuple[Callable[..., Any], nn.Module, list[tuple[int, ...]]]] = {
+    "glu": (lambda m, x: F.glu(m.a(torch.tanh(x)), dim=1), nn.Identity(), [(2, 3, 8), (2, 1, 8), (2, 5, 8), (2, 4, 8)]),
+    "bmm": (lambda m, x: torch.bmm(m.a(x), m.b(x[:1]).mT), nn.Identity(), [(3, 2, 8), (1, 2, 8)]),
+    "expands first": (lambda m, x: _gated(m, x, 0), nn.Identity(), [(3, 8), (3, 3, 8), (3, 1, 8)]),
+    "expands second": (lambda m, x: _gated(m, x, 1), nn.Identity(), [(3, 8), (3, 3, 8), (3, 1, 8)]),
+    "LayerNorm(8)": (lambda m, x: torch.tanh(m.n(torch.tanh(x))), nn.LayerNorm(8), [(3, 2, 4), (3, 1), (3, 8)]),
+    "LayerNorm(4, 8)": (
+        lambda m, x: torch.tanh(m.n(torch.tanh(x))),
+        nn.LayerNorm((4, 8)),
+        [(3, 32), (3, 8, 4), (4, 8)],
+    ),
+    "layer_norm": (
+        lambda m, x: torch.tanh(F.layer_norm(torch.tanh(x), (4, 8))),
+        nn.Identity(),
+        [(3, 4, 8), (3, 32), (3, 8, 4)],
+    ),
+}
+
+
+def _gated(m: Any, x: Tensor, place: int) -> Tensor:
+    """A difference whose operand at `place` is expanded to the sizes of the other, which has one column."""
+    wide, narrow = m.a(x), torch.sigmoid(m.b(x)).narrow(1, 0, 1)
+    return wide.expand_as(narrow) - narrow if place == 0 else narrow - wide.expand_as(narrow)
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_sizes_that_torch_refuses(name: str) -> None:
+    forward, norm, every = _REFUSED[name]
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8), n=norm))
+    for sizes in every:
+        _assert_as_stock(stock, fused, torch.randn(sizes, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_difference_of_what_is_expanded(place: int) -> None:
+    """An operand that is expanded stays where it is."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        wide, narrow = m.a(x), torch.sigmoid(m.b(x))[:, :1]
+        return narrow.expand_as(wide) - wide if place == 0 else wide - narrow.expand_as(wide)
+
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    _compare(stock, fused, [x], 1e-9)
+    with torch.no_grad():
+        found, called = _called(fused, x)
+        assert_close(found, stock(x))
+    assert called == ["fastnn::network_of_parameters"]
+
+
+# The sizes of a state of zeros in front of its features, and whether they are right for a batch of three.
+_ZEROS: dict[str, tuple[Callable[[Tensor], tuple[int, ...]], bool]] = {
+    "x.shape[0]": (lambda x: (1, x.shape[0]), True),
+    "x.size(0)": (lambda x: (1, x.size(0)), True),
+    "three": (lambda x: (1, 3), True),
+    "four": (lambda x: (1, 4), False),
+    "one": (lambda x: (1, 1), False),
+    "steps": (lambda x: (1, x.size(1)), False),
+    "two layers": (lambda x: (2, x.size(0)), False),
+    "no batch": (lambda x: (1,), False),
+}
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("name", _ZEROS)
+def test_states_of_zeros(name: str, cell: bool, kind: str) -> None:
+    """States of zeros are left out where their sizes are right, and refused in stock's words where they are not."""
+    sizes_of, is_right = _ZEROS[name]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        sizes = sizes_of(x)[1:] if cell else sizes_of(x)
+        h = torch.zeros(*sizes, 6, dtype=x.dtype)
+        state = (h, torch.zeros(*sizes, 6, dtype=x.dtype)) if kind == "LSTM" else h
+        y = m.rnn(torch.tanh(x[:, 0] if cell else x), state)
+        y = y if cell and kind != "LSTM" else y[0]
+        return torch.tanh(m.fc(y if cell else y[:, -1]))
+
+    def make() -> nn.Module:
+        rnn = getattr(nn, f"{kind}Cell")(8, 6) if cell else getattr(nn, kind)(8, 6, batch_first=True)
+        return By(forward, rnn=rnn, fc=nn.Linear(6, 2))
+
+    stock, fused = _pair(make)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    _assert_as_stock(stock, fused, x)
+    is_right = is_right or (cell and name == "two layers")
+    assert (type(_outcome(lambda: stock(x))) is Tensor) == is_right
+    if is_right:
+        with torch.no_grad():
+            assert _called(fused, x)[1] == ["fastnn::network_of_parameters"]
+            (program,) = _networks(fused, trains=False)
+            assert "full" not in program
+    else:
+        model = make().double()
+        step = fastnn.training_step(model, F.mse_loss, torch.optim.SGD(model.parameters()))
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            step(x, torch.zeros(3, 2, dtype=torch.float64))
+        assert _outcome(lambda: stock(x)) == (raised.type, str(raised.value))

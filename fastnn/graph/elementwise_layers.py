@@ -75,19 +75,22 @@ def _combine(read: Reader, node: Node, function: str, x: Any, y: Any, *, in_plac
     reverses = not isinstance(x, Node)
     if reverses:
         x, y = y, x
-    if isinstance(y, Node):  # an operand broadcasts by itself
-        x, y = _without_expand(x, y), _without_expand(y, x)
+    if isinstance(y, Node):  # what is expanded broadcasts by itself, if the result has the other operand's sizes
+        first, second = _without_expand(x, y), _without_expand(y, x)
+        reverses = first is not x and not in_place
+        in_place = in_place or (first, second) != (x, y)
+        x, y = (second, first) if reverses else (first, second)
     if isinstance(y, Node) and (tensors := [one for one in (x, y) if not _is_size(read, one)]) != [x, y]:
         # (With a size torch would compute in another dtype where the tensor may hold integers.)
         if not tensors or read.may_hold_others(tensors[0]):
             raise NotANetworkError("a size goes to what may be no floating-point numbers")
-        first, second = (_number_or_data(read, one) for one in (x, y))
-        read.add(node, "binary", {"input": [first], "other": [second]}, function=function)
+        inputs = {name: [_number_or_data(read, one)] for name, one in (("input", x), ("other", y))}
+        read.add(node, "binary", inputs, function=function)
         return
     if isinstance(y, Node):
-        first, second = read.operands(x, y, takes_booleans=function != "sub")
-        inputs = {"input": [first], "other": [second]}
-        read.add_of_booleans(node, "binary", inputs, function=function, **({"in_place": True} if in_place else {}))
+        operands = read.operands(x, y, takes_booleans=function != "sub")
+        inputs = {"input": operands[:1], "other": operands[1:]}
+        read.add_of_booleans(node, "binary", inputs, function=function, in_place=in_place, reverses=reverses)
         return
     inputs = {"input": [read.data(x)]}
     if type(y) in (int, float):
@@ -192,7 +195,8 @@ def _glu(read: Reader, node: Node, x: Any, dim: int = -1) -> None:
     parts = [Value(()), Value(())]
     read.lines.append(Line("split", {"input": [read.data(x)]}, parts, {"dim": dim, "chunks": 2}))
     gate = read.add(None, "activation", {"input": [parts[1]]}, activation="sigmoid")
-    read.add(node, "binary", {"input": [parts[0]], "other": [gate]}, function="mul")
+    # (Of an odd size the second part has fewer elements, which the product must not broadcast.)
+    read.add(node, "binary", {"input": [gate], "other": [parts[0]]}, function="mul", in_place=True)
 
 
 @module_row(nn.GLU)

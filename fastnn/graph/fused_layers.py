@@ -168,25 +168,45 @@ def _last_step(node: Node, layer: Any) -> list[Node] | None:
     return [*path, end] if end and _takes_last(end, -1) else None
 
 
-def _is_zeros(node: Any, features: int) -> bool:
-    """Whether a state is made of zeros, which is what a layer begins with anyway."""
-    if not isinstance(node, Node) or node.target not in (torch.zeros, "new_zeros"):
-        return False
-    sizes: Any = node.args if node.target is torch.zeros else node.args[1:]
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    return bool(sizes) and bool(sizes[-1] == features)
+def _batch_of_zeros(
+    read: Reader, node: Any, before: Sequence[int], features: int
+) -> tuple[list[Any], list[Value]] | None:
+    """Of a state that is made of zeros, which is what a layer begins with anyway: the size of its batch as a program
+    has it, in a list that is empty where there is no batch, and the values `like`. None for any other state.
+
+    before: the sizes in front of the batch."""
+    inputs, attributes = read.constants.get(node, ({}, {})) if isinstance(node, Node) else ({}, {})
+    sizes, ahead = attributes.get("sizes", []), len(before)
+    if attributes.get("value") != 0 or -1 in sizes or len(sizes) - ahead not in (1, 2):
+        return None
+    is_right = sizes[:ahead] == [*before] and sizes[-1] == features
+    return (sizes[ahead:-1], inputs.get("like", [])) if is_right else None
 
 
-def _states(read: Reader, given: Any, features: Sequence[int]) -> list[Value]:
-    nodes = list(given) if isinstance(given, (tuple, list)) else [given]
-    if given is None or all(_is_zeros(node, size) for node, size in zip(nodes, features, strict=False)):
-        return []
+def _input_and_states(
+    read: Reader, x: Any, given: Any, features: Sequence[int], before: Sequence[int], rank: int, place: int
+) -> tuple[Value, list[Value]]:
+    """A recurrent layer's input and its states. States of zeros are left out: then the input must have as many
+    sequences as they have.
+
+    before: the sizes of a state in front of its batch. rank, place: of an input with a batch, how many dimensions it
+    has, and which of them is the batch."""
+    value, nodes = read.data(x), list(given) if isinstance(given, (tuple, list)) else [given]
+    if given is None:
+        return value, []
+    zeros = [_batch_of_zeros(read, node, before, size) for node, size in zip(nodes, features, strict=False)]
+    if len(nodes) == len(features) and None not in zeros:
+        for batch, like in (one for at, one in enumerate(zeros) if one is not None and one not in zeros[:at]):
+            sizes: list[Any] = [-1] * (rank - 1)
+            sizes[place:place] = batch
+            value = read.add(None, "check_sizes", {"input": [value], "like": like}, sizes=sizes)
+        return value, []
     if len(nodes) == 1 and len(features) == 2:  # (h, c) as one value
         parts = read.parts.get(nodes[0])
         if not isinstance(parts, list) or len(parts) != 2:
             raise NotANetworkError("a recurrent layer's state is computed from something else")
-        return list(parts)
-    return [read.data(node) for node in nodes]
+        return value, list(parts)
+    return value, [read.data(node) for node in nodes]
 
 
 @row_of_class(nn.RNNBase)
@@ -196,7 +216,9 @@ def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) ->
         raise NotANetworkError(f"{node.name} has hooks or a forward of its own")
     is_lstm = layer.mode == "LSTM"
     features = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 1 + is_lstm]
-    states = _states(read, hx, features)
+    directions = 2 if layer.bidirectional else 1
+    place = int(not layer.batch_first)
+    value, states = _input_and_states(read, x, hx, features, [layer.num_layers * directions], 3, place)
     weights = [value for name in layer._flat_weights_names for value in read.own(layer, name)]
     flat = layer._flat_weights  # stock reads this list, which a user may change by itself
     if len(flat) != len(weights) or any(one.tensor is not other for one, other in zip(weights, flat, strict=True)):
@@ -204,7 +226,7 @@ def _recurrent(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) ->
     read.sources += [(flat, place) for place in range(len(flat))]
     drops = float(layer.dropout) if layer.training else 0.0
     inputs = {
-        "input": [read.data(x)],
+        "input": [value],
         **{name: [state] for name, state in zip("hc", states, strict=False)},
         "weights": weights,
     }
@@ -238,8 +260,8 @@ def _cell(read: Reader, node: Node, module: Any, x: Any, hx: Any = None) -> None
     is_lstm = isinstance(module, nn.LSTMCell)
     mode = "LSTM" if is_lstm else "GRU" if isinstance(module, nn.GRUCell) else f"RNN_{module.nonlinearity.upper()}"
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
-    states = _states(read, hx, [module.hidden_size] * (1 + is_lstm))
-    one, *rest = [read.add(None, "unsqueeze", {"input": [value]}, dim=0) for value in [read.data(x), *states]]
+    value, states = _input_and_states(read, x, hx, [module.hidden_size] * (1 + is_lstm), [], 2, 0)
+    one, *rest = [read.add(None, "unsqueeze", {"input": [value]}, dim=0) for value in [value, *states]]
     inputs = {
         "input": [one],
         **{name: [state] for name, state in zip("hc", rest, strict=False)},
@@ -310,9 +332,23 @@ def _embedded(read: Reader, x: Any, weight: list[Value], padding: Any) -> Value:
 
 @module_row(nn.LayerNorm)
 def _layer_norm_module(read: Reader, node: Node, module: Any, x: Any) -> None:
-    inputs = {"input": [read.data(x)], "weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
-    read.add(node, "layer_norm", inputs, features=prod(module.normalized_shape), epsilon=float(module.eps))
+    inputs = {"weight": read.own(module, "weight"), "bias": read.own(module, "bias")}
+    _add_layer_norm(read, node, x, module.normalized_shape, inputs, module.eps)
     read.note(module, "normalized_shape", "eps")
+
+
+def _add_layer_norm(
+    read: Reader, node: Node, x: Any, sizes: Sequence[int], inputs: dict[str, list[Value]], eps: float
+) -> None:
+    inputs = {"input": [_of_last_sizes(read, read.data(x), sizes)], **inputs}
+    read.add(node, "layer_norm", inputs, features=prod(sizes), epsilon=float(eps))
+
+
+def _of_last_sizes(read: Reader, value: Value, sizes: Sequence[int]) -> Value:
+    """The value, whose last dimensions must have these sizes: each becomes one dimension of its size."""
+    for place, size in enumerate(reversed(sizes), start=1):
+        value = read.add(None, "unflatten", {"input": [value]}, dim=-place, sizes=[size])
+    return value
 
 
 @module_row(nn.GroupNorm)
@@ -349,8 +385,7 @@ def _layer_norm(
     sizes = [normalized_shape] if type(normalized_shape) is int else list(normalized_shape)
     if not all(type(size) is int for size in sizes):
         raise NotANetworkError("a layer norm's sizes depend on the input's")
-    inputs = {"input": [read.data(x)], "weight": read.optional(weight), "bias": read.optional(bias)}
-    read.add(node, "layer_norm", inputs, features=prod(sizes), epsilon=float(eps))
+    _add_layer_norm(read, node, x, sizes, {"weight": read.optional(weight), "bias": read.optional(bias)}, eps)
 
 
 @row(F.rms_norm, torch.rms_norm)
@@ -380,8 +415,7 @@ def _epsilon_of(module: nn.RMSNorm) -> float:
 def _add_rms_norm(read: Reader, node: Node, x: Any, sizes: Sequence[int], weight: list[Value], eps: float) -> None:
     if len(sizes) != 1:
         raise NotANetworkError("an RMS norm is over several dimensions")
-    # (The dimension becomes one of the norm's size: it must have this size.)
-    value = read.add(None, "unflatten", {"input": [read.data(x)]}, dim=-1, sizes=list(sizes))
+    value = _of_last_sizes(read, read.data(x), sizes)
     squares = read.add(None, "binary", {"input": [value], "other": [value]}, function="mul")
     mean = read.add(None, "mean", {"input": [squares]}, dims=[-1], keepdim=True)
     mean = read.add(None, "binary", {"input": [mean]}, function="add", number=float(eps))

@@ -81,7 +81,7 @@ def _max_pool_of_computed_size(
     value = read.data(x)
     if return_indices or dilation != 1 or not _is_whole_image(read, value, dims, kernel_size, stride, padding):
         raise NotANetworkError("a max-pool's settings depend on the input's sizes")
-    read.values[node] = _largest(read, value, dims, is_batch=True)
+    read.values[node] = _largest(read, value, dims)
 
 
 def _is_whole_image(read: Reader, value: Value, dims: int, kernel: Any, stride: Any, padding: Any) -> bool:
@@ -230,13 +230,12 @@ def _add_adaptive_max(read: Reader, node: Node, x: Any, dims: int, sizes: Any, i
     read.values[node] = _largest(read, read.data(x), dims)
 
 
-def _largest(read: Reader, value: Value, dims: int, is_batch: bool = False) -> Value:
-    """The largest element of each channel. Of equal ones the first gets the gradient, as in a pool. is_batch: whether
-    the images must be in a batch."""
+def _largest(read: Reader, value: Value, dims: int) -> Value:
+    """The largest element of each channel of images in a batch. Of equal ones the first gets the gradient, as in a
+    pool."""
     if dims > 1:
         value = read.add(None, "flatten", {"input": [value]}, start_dim=-dims)
-    rank = {"rank": 3} if is_batch else {}
-    value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first", **rank)
+    value = read.add(None, "amax", {"input": [value]}, dims=[-1], keepdim=True, ties="first", rank=3)
     for _ in range(dims - 1):
         value = read.add(None, "unsqueeze", {"input": [value]}, dim=-1)
     return value

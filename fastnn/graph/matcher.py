@@ -199,8 +199,8 @@ def read_layer(node: Node, modules: Mapping[str, nn.Module]) -> Layer | None:
         return None  # a setting is known only during a call
     if kind == "linear":
         weight, bias = (_example(tensors_given.get(name)) for name in ("weight", "bias"))
-        if weight is not None and bias is not None and bias.numel() != len(weight):
-            return None  # the bias is broadcast
+        if weight is not None and (weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1])):
+            return None  # the weight is a vector, or the bias is broadcast
     return Layer(node, kind, input, tensors_given, settings_given)
 
 
@@ -418,6 +418,8 @@ class _Matcher:
         norm, pool = _of(layers, "batch_norm"), _of(layers, "max_pool")
         if pool is not None and pool.dims != conv.dims:
             return "its max-pool has other dimensions"
+        if norm is not None and _dims_of_norm(norm) not in (None, conv.dims):
+            return "its batch norm has other dimensions"
         if norm is not None and _trains(norm):
             return "its batch norm takes the statistics of all of its output first"
         tensors: list[tuple[Layer, str] | None] = [_tensor(conv, "weight"), _tensor(conv, "bias")]
@@ -516,6 +518,8 @@ class _Matcher:
             if _is_in_place(first):
                 return None  # it changes its input, which others may see
             return Match("relu_max_pool", layers, relu_max_pool, [], _pool_settings(pool) | {"dims": pool.dims})
+        if _dims_of_norm(norm) not in (None, pool.dims):
+            return "its max-pool has other dimensions"
         names = (*_BATCH_NORM[1:5], "num_batches_tracked")
         if _trains(norm) and not norm.settings.get("track_running_stats", True):  # the statistics may still be there
             names = ("", "", *_BATCH_NORM[3:5], "")
@@ -606,6 +610,14 @@ def _trains(norm: Layer) -> bool:
     return bool(norm.settings["training"])
 
 
+def _dims_of_norm(norm: Layer) -> int | None:
+    """How many dimensions the images of a batch norm have, if that is known."""
+    if norm.module is not None:
+        return next((d for d in (1, 2, 3) if isinstance(norm.module, getattr(nn, f"BatchNorm{d}d"))), None)
+    example = _example(norm.input)
+    return None if example is None else example.dim() - 2
+
+
 def _is_in_place(layer: Layer) -> bool:
     if layer.module is not None:
         return bool(getattr(layer.module, "inplace", False))
@@ -659,7 +671,7 @@ def insert(
     date.
     lift: makes a module's tensor, given by its name, a further input of the graph, and returns that input's name.
     """
-    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    last_input = [None, *(node for node in graph.nodes if node.op == "placeholder")][-1]
     for one in found:
         nodes = [copied[node] for node in one.nodes]
         everything = list(graph.nodes)

@@ -242,11 +242,13 @@ def _check_one_dimension(node: Node, dim: Any) -> None:
 
 @row(operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm")
 def _matmul(read: Reader, node: Node, x: Any, y: Any) -> None:
-    operands = [read.data(x), read.data(y)]
-    rank = {torch.mm: 2, "mm": 2, torch.bmm: 3, "bmm": 3}.get(node.target)
-    if rank:  # others have any number of dimensions
-        operands = [_checked(read, one, [-1] * rank) for one in operands]
-    read.add(node, "matmul", {"input": operands[:1], "other": operands[1:]})
+    first, second = read.data(x), read.data(y)
+    if node.target in (torch.mm, "mm"):  # matmul takes any number of dimensions
+        first, second = (_checked(read, one, [-1, -1]) for one in (first, second))
+    elif node.target in (torch.bmm, "bmm"):
+        first = _checked(read, first, [-1, -1, -1])
+        second = _checked(read, second, ["0.0", -1, -1], first)
+    read.add(node, "matmul", {"input": [first], "other": [second]})
 
 
 @row(F.bilinear)

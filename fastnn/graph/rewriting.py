@@ -295,6 +295,8 @@ def _take_pool(program: _Lines, line: Line) -> bool:
     before = program.before(line)
     if before is None or before.layer != "conv" or "addend" in before.inputs or _pools(before):
         return False
+    if len(line.attributes["kernel"]) != len(before.attributes["stride"]):  # it pools over other dimensions
+        return False
     if before.attributes.get("activation", "identity") not in ("identity", "relu"):
         return False
     before.attributes.update({POOL_NAMES.get(name, name): value for name, value in line.attributes.items()})
@@ -360,7 +362,7 @@ def _fold_norm(program: _Lines, line: Line) -> bool:
     if before is None or before.layer not in ("conv", "conv_transpose") or not _is_plain(before):
         return False
     transposed = before.layer == "conv_transpose"
-    if transposed and _pools(line):
+    if (transposed and _pools(line)) or line.attributes["dims"] != len(before.attributes["stride"]):
         return False
     norm = {name: values for name, values in line.inputs.items() if name != "input"}
     conv = {f"conv_{name}": before.inputs[name] for name in ("weight", "bias") if name in before.inputs}
@@ -396,7 +398,8 @@ def _as_mean(program: _Lines, line: Line) -> bool:
     sizes = line.attributes["sizes"] if line.layer == "adaptive_avg_pool" else (0,)
     if any(size != 1 for size in sizes):
         return False
-    line.layer, line.attributes = "mean", {"dims": [-1 - d for d in range(len(sizes))], "keepdim": True}
+    dims = len(sizes)
+    line.layer, line.attributes = "mean", {"dims": list(range(-dims, 0)), "keepdim": True, "rank": dims + 2}
     return True
 
 

@@ -33,6 +33,9 @@ _FEW, _CLOSE_WITH_FEW = 100, 0.1
 def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], left: LeftByMode) -> None:
     """Runs a copy of the fused model on its inputs, and `stock`, which is an unfused copy. Writes into `left`, for the
     modes in which the model's modules are, by a candidate's key, why that candidate stays unfused."""
+    if torch.is_inference_mode_enabled():  # what is copied there could not be trained
+        with torch.inference_mode(False):
+            return try_candidates(model, copied(stock), inputs, left)
     twin = copied(model)
     of_twin = dict(zip(twin.modules(), model.modules(), strict=True))
     fused_twins = (module.__dict__["forward"] for module in twin.modules() if _is_fused(module))
@@ -209,7 +212,9 @@ class _TrialRun(fx.Interpreter):
             function = self.fetch_attr(str(node.target))
         elif node.op == "call_method":
             function = getattr(Tensor, str(node.target))
-        args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), self.env.__getitem__)
+        given = node.args if "input" in node.kwargs else node.args[1:]
+        named = {name: value for name, value in node.kwargs.items() if name != "input"}
+        args, kwargs = fx.node.map_arg((given, named), self.env.__getitem__)
         return function, args, kwargs
 
     def _value(self, layer: Any, name: str) -> Any:

@@ -68,10 +68,12 @@ def conv_batch_norm_relu_max_pool(
     """
     dims = weight.dim() - 2
     pool = (pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-    if input.dim() == dims + 1 or not _fit(weight.shape[0], running_mean, running_var, gamma, beta):
-        # Batch norm has to refuse the convolution's output, or to broadcast over it.
+    norm = (running_mean, running_var, gamma, beta)
+    is_mixed = any(tensor is not None and tensor.dtype is not weight.dtype for tensor in norm)
+    if input.dim() == dims + 1 or is_mixed or not _fit(weight.shape[0], *norm):
+        # Batch norm has to refuse the convolution's output, to broadcast over it, or to convert it.
         convolved = reference.CONV[dims](input, weight, bias, stride, padding, dilation, groups)
-        if convolved.dim() == dims + 2:
+        if convolved.dim() == dims + 2 or dims == 1:  # (BatchNorm1d takes two dimensions, too.)
             normed = F.batch_norm(convolved, running_mean, running_var, gamma, beta, False, 0.0, eps)
             return relu_max_pool(normed, dims=dims, **_names(pool))
         raise ValueError(f"expected {dims + 2}D input (got {dims + 1}D input)")

@@ -181,10 +181,19 @@ def mlp_of_parameters(input: Tensor, parameters: Sequence[Tensor], activations: 
     except NotImplementedError:  # only PyTorch computes with such tensors: DTensor, sparse, quantized
         pass
     except RuntimeError as error:  # a subclass may have no rule for the operator, as DTensor in torch 2.10
-        of_one = any(one.dim() == 1 and len(one) == 1 for one in parameters)  # a bias that PyTorch broadcasts
-        if type(input) is Tensor and not of_one:
+        if type(input) is Tensor and _are_usual(parameters, layers_of(activations)):
             raise in_torchs_words(error, _reference, input, parameters, activations) from None
     return _reference(input, parameters, activations)
+
+
+def _are_usual(parameters: Sequence[Tensor], layers: int) -> bool:
+    """Whether weights are matrices that have a bias for each output. PyTorch takes vectors as weights, too, and
+    broadcasts biases."""
+    weights, biases = split_parameters(parameters, layers)
+    return all(
+        weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+        for weight, bias in zip(weights, biases, strict=False)
+    )
 
 
 def _reference(input: Tensor, parameters: Sequence[Tensor], activations: str) -> Tensor:
@@ -196,6 +205,8 @@ def mlp_with_some_biases(input: Tensor, parameters: Sequence[Tensor | None], act
     """:func:`mlp_of_parameters` for layers of which some have no bias: None is in its place."""
     layers = len(parameters) // 2
     weights: Any = parameters[:layers]
+    if any(weight.dim() == 1 for weight in weights):  # PyTorch takes no bias then, not even of zeros
+        return reference.mlp(input, weights, parameters[layers:], activations.split("|"))
     return mlp_of_parameters(input, join_parameters(weights, parameters[layers:]), activations)
 
 
