@@ -43,25 +43,32 @@ def fuse(model: nn.Module, example_inputs: Any = None, *, strict: bool = False) 
             torch's layers on what the model gives it (outputs, and gradients where there are parameters to train) and
             timed, in the mode that the model is in; a candidate that is not faster here stays unfused in this mode,
             and all candidates do where the whole model is not faster with them. Call ``fuse`` again in the other mode,
-            to try that too.
+            to try that too. Copies of the model are called for this, some dozens of times, and so are their hooks.
         strict: raise on the first layer that could be fused and is not.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: with ``strict``, a layer stays unfused, and why; or the model does not take the example inputs.
+        ValueError: with ``strict``, a layer stays unfused, and why; or the model does not take the example inputs, or
+            cannot be copied. Then a model that was stock is left as stock, where ``strict`` was not the reason.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a model that is a torch.nn.Module, got a {type(model).__name__}")
     left: LeftByMode = {True: {}, False: {}}
+    was_fused = False
     for module in model.modules():
         present = module.__dict__.get("forward")
         if isinstance(present, FusedModule):
-            left = present.left_by_mode
+            left, was_fused = present.left_by_mode, True
     for module in model.modules():
         _fuse_module(module, left)
     if example_inputs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-        try_candidates(model, unfuse(copied(model)), inputs, left)
+        try:
+            try_candidates(model, unfuse(copied(model)), inputs, left)
+        except BaseException:
+            if not was_fused:
+                unfuse(model)
+            raise
     weakref.finalize(model, load_extension().release_kept_memory).atexit = False
     if strict:
         for row in account_for(model):

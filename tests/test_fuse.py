@@ -897,3 +897,25 @@ def test_linear_functions_of_other_tensors(sizes: tuple[Any, Any], first_bias: b
     for records in (True, False):
         with torch.set_grad_enabled(records):
             assert_close(fused(x), model(x))
+
+
+class _WithLock(nn.Sequential):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("was_fused", [False, True])
+@pytest.mark.parametrize("reason", ["lock", "index", "sizes"])
+def test_a_trial_that_fails_leaves_the_model_as_it_was(reason: str, was_fused: bool) -> None:
+    made = _WithLock if reason == "lock" else nn.Sequential
+    model = made(nn.Embedding(4, 8), nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 2))
+    if was_fused:
+        fastnn.fuse(model)
+    x = torch.tensor([[0, 1, 7 if reason == "index" else 3] + [0] * (reason == "sizes")])
+    with pytest.raises(
+        ValueError, match="cannot be copied" if reason == "lock" else "does not take the example inputs"
+    ):
+        fastnn.fuse(model, x)
+    assert ("forward" in model.__dict__) is was_fused
+    assert ("forward" in model[2].__dict__) is False

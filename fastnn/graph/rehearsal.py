@@ -19,9 +19,12 @@ from fastnn._torch import pytree
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a model. Modules may hold a computed tensor in an attribute, as weight_norm and spectral_norm do,
-    which ``copy.deepcopy`` refuses."""
+    which ``copy.deepcopy`` refuses. ValueError where it holds something else that cannot be copied, such as a lock."""
     computed = [t for module in model.modules() for t in module.__dict__.values() if isinstance(t, Tensor)]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+    try:
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+    except TypeError as error:
+        raise ValueError(f"the model cannot be copied: {error}") from error
 
 
 def signature_of(model: nn.Module) -> inspect.Signature | None:

@@ -47,7 +47,7 @@ def try_candidates(model: nn.Module, stock: nn.Module, inputs: Sequence[Any], le
                 twin(*cloned(tuple(inputs)))
             with suppress(Exception):  # a model that fails in a second run, or in backward, keeps its fusions
                 trial.settle(twin, stock, tuple(inputs))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         words = str(error).partition("\n")[0]  # torch.fx adds the node in further lines
         raise ValueError(f"fuse: the model does not take the example inputs: {words}") from error
     found = {of_twin.get(key, key): why for key, why in trial.left.items()}
