@@ -16,8 +16,8 @@ from fastnn.graph.matcher import insert, match
 def fastnn(
     graph: torch.fx.GraphModule, example_inputs: list[Any], mode: str | None = None, options: Any = None
 ) -> Callable[..., Any]:
-    """Puts fastnn's operators into the graph that Dynamo has captured, and compiles it by Inductor, of which `mode` and
-    `options` are."""
+    """Puts fastnn's operators into the graph that Dynamo has captured, and compiles it by Inductor, which gets `mode`
+    and `options`."""
     found = match(graph.graph, dict(graph.named_modules())).found
     if found:
         insert(graph.graph, found, {node: node for node in graph.graph.nodes}, _no_modules)

@@ -194,7 +194,7 @@ class UsedGradients:
             if isinstance(hook, UsedGradients):
                 return hook
         made = UsedGradients()
-        if hooks is not None:  # None where a class of its own never calls the constructor of torch's
+        if hooks is not None:  # which an optimizer lacks whose class does not call torch's constructor
             optimizer.register_step_post_hook(made)
         if optimizer.state:  # it has made steps
             made(optimizer)

@@ -21,7 +21,7 @@ class RefusedError(Exception):
     """The operators of the two calls do not take the model's tensors."""
 
 
-class OtherLeavesError(Exception):
+class NeedsAutogradError(Exception):
     """The loss depends on more than the values of the model's outputs: on other tensors that need gradients, on the
     outputs' graph, or on the memory that several outputs share."""
 
@@ -42,7 +42,7 @@ class _OutputsOfModel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         if ctx.in_loss[0]:
-            raise OtherLeavesError(_USES_PARAMETERS)
+            raise NeedsAutogradError(_USES_PARAMETERS)
         return None, None, *gradients, *(None,) * ctx.others
 
 
@@ -123,23 +123,23 @@ def _from_outputs(
     for output in outputs:
         output.requires_grad_()
     # The loss gets copies, because it could not change a leaf itself in place.
-    in_loss = [True]
+    in_loss = [True]  # until the loss has returned
     weights = [p for p in binding.parameters if p.requires_grad]
     copies: Sequence[Tensor] = _OutputsOfModel.apply(in_loss, len(outputs), *outputs, *weights)
     own_node = copies[0].grad_fn
     given = pytree.tree_map(copies.__getitem__, network.outputs)
     loss = loss_of(given if network.log_softmax is None else F.log_softmax(given, network.log_softmax), target)
     if _reaches_others(loss, own_node):
-        raise OtherLeavesError(_USES_PARAMETERS)
+        raise NeedsAutogradError(_USES_PARAMETERS)
     if len(copies) > 1 and any(copy._version for copy in copies):
-        raise OtherLeavesError("the loss changes one of several outputs, which may share memory in the model")
+        raise NeedsAutogradError("the loss changes one of several outputs, which may share memory in the model")
     in_loss[0] = False
     loss.backward()
     # A checkpoint inside the loss hides parameters from the search above.
     if not binding.keeps_gradients and any(p.grad is not None for p in binding.parameters):
         for p in binding.parameters:
             p.grad = None
-        raise OtherLeavesError(_USES_PARAMETERS)
+        raise NeedsAutogradError(_USES_PARAMETERS)
     if all(output.grad is None for output in outputs):
         raise RuntimeError("training_step: the loss does not depend on the model's output")
     own = [output.grad for output in outputs]

@@ -24,7 +24,7 @@ from fastnn.nn._hooks import has_global_hooks
 from fastnn.ops._autograd import autocast_is_on, is_compiling, transforms_active
 from fastnn.training_binding import Binding, UpdateBinding, UsedGradients
 from fastnn.training_calls import (
-    OtherLeavesError,
+    NeedsAutogradError,
     RefusedError,
     in_one_call,
     in_two_calls,
@@ -283,7 +283,7 @@ class TrainingStep:
             loss, gradients, is_updated = in_two_calls(
                 reading, binding, inputs, target, self.loss, lambda: self._still_fits(binding)
             )
-        except OtherLeavesError as reason:
+        except NeedsAutogradError as reason:
             self._undo()
             self._reading, self._why = None, str(reason)
             return None

@@ -566,19 +566,7 @@ def _weight_penalty(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 def test_loss_that_differentiates_by_the_parameters() -> None:
     """The gradients of parameters which a loss asks for by itself are those of the model, and not None."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-    stock, stock_optimizer, model, optimizer = _pair(torch.optim.SGD, model)
-    own_loss, stock_loss = _weight_penalty(model), _weight_penalty(stock)
-    step = fastnn.training_step(model, own_loss, optimizer)
-    for _ in range(3):
-        x, y = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-        expected = stock_loss(stock(x), y)
-        stock_optimizer.zero_grad()
-        expected.backward()
-        stock_optimizer.step()
-        assert_close(step(x, y), expected.detach())
-        assert_close(model.state_dict(), stock.state_dict())
+    _check(_weight_penalty, Y, ORDINARY)
 
 
 def _freeze_first(model: Any, optimizer: torch.optim.Optimizer, turn: int) -> None:
@@ -628,33 +616,29 @@ def test_what_a_loss_changes_counts_in_the_same_step(edit: str, settings: dict[s
 class _WithView(nn.Module):
     """Two outputs that share memory."""
 
-    def __init__(self, detach: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fc, self.detach = nn.Linear(4, 6), detach
+        self.fc = nn.Linear(4, 6)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.fc(x)
-        return y, y.detach() if self.detach else y[:, :2]
+        return y, y[:, :2]
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_outputs_that_share_memory(detach: bool) -> None:
+class _WithDetached(_WithView):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.fc(x)
+        return y, y.detach()
+
+
+@pytest.mark.parametrize("kind", [_WithView, _WithDetached])
+def test_outputs_that_share_memory(kind: type[nn.Module]) -> None:
     def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         whole, part = outputs
         part.clamp_(-0.1, 0.1)
         return F.mse_loss(whole, target)
 
-    torch.manual_seed(0)
-    stock, stock_optimizer, model, optimizer = _pair(torch.optim.SGD, _WithView(detach).double())
-    step = fastnn.training_step(model, loss, optimizer)
-    for _ in range(2):
-        x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
-        expected = loss(stock(x), y)
-        stock_optimizer.zero_grad()
-        expected.backward()
-        stock_optimizer.step()
-        assert_close(step(x, y), expected.detach())
-        assert_close(model.state_dict(), stock.state_dict())
+    _check(lambda model: loss, _rows(7, 6), ORDINARY, kind)
 
 
 class _Teacher(nn.Module):

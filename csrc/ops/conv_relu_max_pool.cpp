@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool_backward(const Tensor& giv
     }
     const bool is_winograd = alike.has_value();
     if ((is_winograd || call.plan->algorithm == BackwardAlgorithm::taps) &&
-        !(kernels.are_moderate(call) && (!is_winograd || kernels.gradient_is_moderate(call)))) {
+        !(kernels.factors_are_moderate(call) && (!is_winograd || kernels.gradient_is_moderate(call)))) {
       key.request.exact = true;
       key.request.algorithm = -1;
       call.plan = &plan_for(key);

@@ -79,7 +79,8 @@ std::optional<ConvGradients> gradients_by_plan(const ConvPoolProblem& problem, C
   const bool by_winograd = plan.algorithm == BackwardAlgorithm::winograd;
   const bool multiplies_by_zeros = plan.algorithm == BackwardAlgorithm::taps;
   if (plan.algorithm == BackwardAlgorithm::stock || (multiplies_by_zeros && !wanted.weight)) return std::nullopt;
-  if ((by_winograd || multiplies_by_zeros) && (!kernels.are_moderate(call) || !kernels.gradient_is_moderate(call))) {
+  if ((by_winograd || multiplies_by_zeros) &&
+      (!kernels.factors_are_moderate(call) || !kernels.gradient_is_moderate(call))) {
     return std::nullopt;
   }
   ConvGradients made = empty_gradients(input, weight, wanted);
@@ -107,7 +108,7 @@ ConvGradients own_gradients(const ConvPoolProblem& problem, const Tensor& gradie
   const bool last = is_channels_last(input);
   // (The zeros around the gradient are multiplied: an infinite weight would make NaN of them.)
   if (wanted.input && choose_for_input_gradient<T>(g, dense.channels_last, last) != ForwardAlgorithm::stock &&
-      kernels.are_moderate(call)) {
+      kernels.factors_are_moderate(call)) {
     gradients.input = new_formatted(sizes_of(input), kDtypeOf<T>, last);
     input_gradient_by_forward(kernels, call, problem.dims, gradients.input);
   }

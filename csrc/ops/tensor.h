@@ -177,7 +177,7 @@ auto with_dtype(ScalarType dtype, const Body& body) {
 // A thread's own block of scratch memory. It is kept, so that a small call pays neither for malloc nor for new pages.
 struct ThreadScratch {
   static constexpr size_t kBytes = 64 << 20;      // of address space; only what has been used takes memory
-  static constexpr size_t kSmallPages = 2 << 20;  // at the begin, which is all that most calls use
+  static constexpr size_t kSmallPages = 2 << 20;  // at the beginning, all that most calls use
   char* data = nullptr;
   size_t used = 0;  // bytes; the block is used as a stack
 

@@ -436,7 +436,6 @@ ConvPlan plan_winograd(const Planner& p) {
   WinogradPlan& w = plan.winograd;
   // An odd number of vectors: tiles a power of two apart would fall into few of the cache's sets.
   w.pitch = (divide_up(g.in_channels, p.lanes) | 1) * p.lanes;
-  w.line = p.lanes;
   const int64_t width = std::min(p.block, round_up(g.out_channels, p.lanes));
   const auto slice_tiles = [&](const BandPlan& band) {
     return divide_up(band.conv[1], tile) * divide_up(band.conv[2], tile);
@@ -488,8 +487,8 @@ ConvPlan plan_winograd(const Planner& p) {
   const int64_t tiles = w.band.images * w.tile_rows * w.tile_columns;
   Memory memory;
   memory.take(points * (tile * w.tile_columns + 2) * w.pitch, p.compute_bytes)
-      .take(positions * (tiles * w.band.input[0] * w.pitch + w.line), p.compute_bytes)
-      .take(positions * (tiles * w.band.conv[0] * p.block + w.line), p.compute_bytes)
+      .take(positions * (tiles * w.band.input[0] * w.pitch + p.lanes), p.compute_bytes)
+      .take(positions * (tiles * w.band.conv[0] * p.block + p.lanes), p.compute_bytes)
       .take(p.block, p.compute_bytes)
       .take(g.in_channels * g.kernel[0], 8);
   take_pool(p, w.band, w.ring, memory);

@@ -136,7 +136,6 @@ struct WinogradPlan {
   RingPlan ring;
   int64_t tile_rows, tile_columns;
   int64_t pitch;  // elements from a tile's channels to the next tile's
-  int64_t line;   // unused elements behind a position, so that positions are no power of two apart
   int64_t block_parts;
 };
 

@@ -240,9 +240,9 @@ class WinogradForward {
         parts_(scratch) {
     const int64_t tiles = plan_.band.images * plan_.band.input[0] * plan_.tile_rows * plan_.tile_columns;
     rows_ = parts_.take<C>(points_ * (tile_ * plan_.tile_columns + 2) * plan_.pitch);
-    transformed_ = parts_.take<C>(positions_ * (tiles * plan_.pitch + plan_.line));
+    transformed_ = parts_.take<C>(positions_ * (tiles * plan_.pitch + kLanes<C>));
     const int64_t sums = tiles / plan_.band.input[0] * plan_.band.conv[0] * kBlockVectors * kLanes<C>;
-    sums_ = parts_.take<C>(positions_ * (sums + plan_.line));
+    sums_ = parts_.take<C>(positions_ * (sums + kLanes<C>));
     zeros_ = parts_.take<C>(kBlockVectors * kLanes<C>);
     offsets_ = parts_.take<int64_t>(g_.in_channels * g_.kernel[0]);
     fill_zeros(zeros_, kBlockVectors * kLanes<C>);
@@ -256,7 +256,7 @@ class WinogradForward {
       const int64_t in_slices = plan_.band.input[0], conv_slices = plan_.band.conv[0];
       const int64_t slice_tiles = tile_rows * plan_.tile_columns;
       const int64_t tiles = band.images * conv_slices * slice_tiles;
-      const int64_t input_step = band.images * in_slices * slice_tiles * plan_.pitch + plan_.line;  // of positions
+      const int64_t input_step = band.images * in_slices * slice_tiles * plan_.pitch + kLanes<C>;  // of positions
       for (int64_t i = 0; i < band.images * in_slices; ++i) {
         transform_slice(band, band.image + i / in_slices, band.input[0] + i % in_slices, tile_rows, input_step,
                         i * slice_tiles);
@@ -276,7 +276,7 @@ class WinogradForward {
       part_of(blocks_of<C>(g_), band.part, plan_.block_parts, first, last);
       for (int64_t b = first; b < last; ++b) {
         const Block block = block_of<C>(g_, b);
-        const int64_t width = block.vectors * kLanes<C>, sums_step = tiles * width + plan_.line;
+        const int64_t width = block.vectors * kLanes<C>, sums_step = tiles * width + kLanes<C>;
         const C* weight = call_.packed + weight_offset<T>(g_, band.group, block);
         for (int64_t position = 0; position < positions_; ++position) {
           for (int64_t i = 0; i < band.images * conv_slices; i += together) {

@@ -95,7 +95,7 @@ class ConvLayer : public Layer<T> {
       return;
     }
     ConvCall<T> call = call_of(site, g);
-    // A weight that the plan cannot take is not packed, and so its calls go another way.
+    // A weight that the plan's transforms would spoil is not packed: its calls find direct convolution by themselves.
     if (prepared.plan.needs_moderate && !site.kernels.conv->weight_is_moderate(call)) return;
     call.plan = &prepared.plan;
     call.packed = packed.give<T>(packing_of(prepared.plan), prepared.plan.packed_size);

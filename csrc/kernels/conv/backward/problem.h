@@ -40,7 +40,9 @@ struct ConvBackwardKernels {
   bool (*weight_is_moderate)(const ConvBackward<T>&);
   // The same of the output's gradient, whose images are contiguous or channels last.
   bool (*gradient_is_moderate)(const ConvBackward<T>&);
-  bool are_moderate(const ConvBackward<T>& call) const { return input_is_moderate(call) && weight_is_moderate(call); }
+  bool factors_are_moderate(const ConvBackward<T>& call) const {
+    return input_is_moderate(call) && weight_is_moderate(call);
+  }
   // Bytes of a thread's scratch memory.
   int64_t (*scratch_size)(const ConvBackward<T>&);
   void (*pack)(const ConvBackward<T>&);
