@@ -379,6 +379,69 @@ def test_an_input_that_changes_before_backward(passes: set[int]) -> None:
             y.sum().backward()
 
 
+_VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "view": (lambda x: x.view(-1, 4), (2, 3, 4)),
+    "flatten": (lambda x: x.flatten(1), (6, 2, 2)),
+    "unflatten": (lambda x: x.unflatten(1, (1, 4)), (6, 4)),
+    "squeeze": (lambda x: x.squeeze(1), (6, 1, 4)),
+    "unsqueeze": (lambda x: x.unsqueeze(1), (6, 4)),
+    "transpose": (lambda x: x.transpose(0, 1), (4, 6)),
+    "permute": (lambda x: x.permute(1, 2, 0), (4, 3, 2)),
+    "expand": (lambda x: x.expand(6, 4), (1, 4)),
+    "contiguous": (lambda x: x.contiguous(), (6, 4)),
+    "select": (lambda x: x[:, 1], (6, 2, 4)),
+    "slice": (lambda x: x[:, 1:5], (6, 7)),
+    "chunk": (lambda x: x.chunk(2, 1)[1], (6, 8)),
+    "detach": (lambda x: x.detach(), (6, 4)),
+    "two of them": (lambda x: x[:, 1].unsqueeze(1), (6, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", list(_VIEWS))
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_what_a_view_shows_changes_before_backward(name: str, of_weight: bool, passes: set[int]) -> None:
+    """Backward would read the new elements, which stock refuses to do."""
+    view, sizes = _VIEWS[name]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(x * view(m.seen)) if of_weight else m.a(view(x))))
+
+    def make() -> nn.Module:
+        return By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 2), seen=nn.Parameter(torch.randn(sizes)))
+
+    stock, fused = _pair(make)
+    for model in (stock, fused):
+        x = torch.randn(view(model.seen).shape, dtype=torch.float64) if of_weight else model.seen.detach().clone()
+        y = model(x.requires_grad_(of_weight))
+        with torch.no_grad():
+            (model.seen if of_weight else x).add_(1)
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+            y.sum().backward()
+    assert len(fastnn.explain(fused, x).calls) == 1
+
+
+def test_an_embedding_of_a_column_twice_differentiated(passes: set[int]) -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind = nn.Embedding(5, 8, padding_idx=1)
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            h = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.c(h * self.kind(z[:, 1]) * self.kind(z[:, 0])).sum()
+
+    stock, fused = _pair(Energy)
+    z = torch.randint(0, 5, (6, 2))
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for model in (stock, fused):
+        (force,) = torch.autograd.grad(model(z, x), x, create_graph=True)
+        second = torch.autograd.grad(force.square().sum(), list(model.parameters())[:-1], allow_unused=True)
+        results.append((force, second))
+    assert_close(*results)
+
+
 def test_two_forwards_before_backward(passes: set[int]) -> None:
     """Running statistics change in between, and are not needed."""
     stock, fused = _pair(_two_layers)

@@ -5,6 +5,7 @@ The lines compute the same before and after, but for the rounding of folded weig
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import inf
 
@@ -22,12 +23,8 @@ class _Lines:
     def __init__(self, lines: Sequence[Line], results: Sequence[Value]) -> None:
         self.lines = list(lines)
         self.results = set(results)
-        self.uses: dict[Value, int] = {}
-        for line in lines:
-            for value in line.taken():
-                self.uses[value] = self.uses.get(value, 0) + 1
-        for value in results:
-            self.uses[value] = self.uses.get(value, 0) + 1
+        self.uses = Counter(value for line in lines for value in line.taken())
+        self.uses.update(results)
         self.maker = {value: line for line in lines for value in line.outputs}
 
     def before(self, line: Line, name: str = "input") -> Line | None:
@@ -35,7 +32,7 @@ class _Lines:
         value = line.inputs[name][0]
         maker = self.maker.get(value)
         own_sizes = line.inputs.get("like", []).count(value)  # uses that end when the line is removed
-        if maker is None or self.uses.get(value, 0) - own_sizes != 1 or len(maker.outputs) != 1:
+        if maker is None or self.uses[value] - own_sizes != 1 or len(maker.outputs) != 1:
             return None
         return maker
 
@@ -50,7 +47,7 @@ class _Lines:
         for line in self.lines:
             for values in line.inputs.values():
                 values[:] = [by if one is value else one for one in values]
-        self.uses[by] = self.uses.get(by, 0) + self.uses.pop(value, 0)
+        self.uses[by] += self.uses.pop(value, 0)
 
     def move_behind(self, line: Line, other: Line) -> None:
         """Moves a line to the place of `other`, where all that both take has been made."""
@@ -341,7 +338,7 @@ def _take_last_step(program: _Lines, line: Line) -> bool:
     del sizes[dim]
     if list(map(str, line.outputs[0].sizes)) != list(map(str, sizes)):
         return False
-    used = [program.uses.get(value, 0) for value in layer.outputs]
+    used = [program.uses[value] for value in layer.outputs]
     if place == 0 and used[0] == 1:
         layer.outputs[0] = line.outputs[0]
     elif place == 1 and used == [0, 1, *[0] * (len(used) - 2)] and not layer.attributes["bidirectional"]:

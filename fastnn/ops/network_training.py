@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._extension import load_extension
@@ -91,6 +90,9 @@ class TrainedNetwork:
                     again.update(_read_again(line, depends))
                 any_input = any(depends[one] for one in _differentiated(line))
                 depends.update(dict.fromkeys(line.outputs, any_input))
+        for line in reversed(list(read(self.text))):
+            if line.layer in _VIEWS and not again.isdisjoint(line.outputs):
+                again.update(line.inputs["input"])
         places: tuple[list[int], list[int]] = ([], [])
         for place, name in enumerate(given):
             places[name not in again].append(place)
@@ -134,6 +136,12 @@ _READ_AGAIN: dict[str, Sequence[str]] = {
     "lerp": ("input", "other", "amount"),
     "binary_cross_entropy": ("input", "target"),
     "rnn": ("input", "h", "c", "weights"),
+}
+
+# Layers whose results are their input's own elements: whoever reads a result again reads the input.
+_VIEWS = {
+    *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "contiguous"),
+    *("select", "slice", "split", "detach", "check_sizes"),
 }
 
 
@@ -238,7 +246,6 @@ class Network(torch.autograd.Function):
             "noise": noise,
             "rnn": rnn,
             "attention": attention,
-            "embedding": _embedding,
         }
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -248,11 +255,6 @@ class Network(torch.autograd.Function):
 
 
 _record = eager_recorder(Network)
-
-
-def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
-    padding = line["padding_idx"]
-    return [F.embedding(taken["input"][0], taken["weight"][0], None if padding < 0 else padding)]
 
 
 @raw_operator("network_with_pass")

@@ -232,7 +232,8 @@ def _embedding(line: TextLine, taken: Taken) -> list[Tensor]:
     numbers = _one(taken, "input")
     if line["selects"]:
         numbers = numbers.select(line["dim"], line["index"])
-    return [F.embedding(numbers, _one(taken, "weight"))]
+    padding = line["padding_idx"]
+    return [F.embedding(numbers, _one(taken, "weight"), None if padding < 0 else padding)]
 
 
 def _pick(line: TextLine, taken: Taken) -> list[Tensor]:
