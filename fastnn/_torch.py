@@ -104,6 +104,14 @@ def statically_known_true(value: Any) -> bool:
     return bool(getattr(module, "statically_known_true", bool)(value))
 
 
+def remember_builtins() -> None:
+    """Has torch.compile list Python's builtins, which it knows by identity and lists at its first use, before one of
+    them is replaced for a while. Without the function of this name, a ``len`` that was replaced at that moment would be
+    unknown to every later compilation. (The module is imported here, since that takes half a second.)"""
+    module = import_module("torch._dynamo.trace_rules")
+    getattr(module, "is_builtin_callable", bool)(len)
+
+
 def guard_of_sizes(exported: Any) -> Callable[..., Any] | None:
     """What an exported model asks of the sizes of its inputs where it compares one with another: a function of all
     input tensors that raises an AssertionError for others. None where it compares none, or where torch has no such

@@ -6,6 +6,8 @@ import io
 import math
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,6 +180,18 @@ def test_saved_loaded_copied_exported(name: str, tmp_path: Path) -> None:
     other.load_state_dict(frozen.state_dict())
     assert torch.equal(other(example), expected)
     assert_close(frozen.double()(example.double()).float(), expected)
+
+
+def test_freeze_before_anything_is_compiled() -> None:
+    """torch.compile lists Python's builtins when it is first used, which freeze must not disturb."""
+    code = """
+import torch, fastnn
+x = torch.randn(2, 4)
+frozen = fastnn.freeze(torch.nn.Linear(4, 3).eval(), x)
+compiled = torch.compile(lambda x: frozen(x) * len((x, x)), backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(x), frozen(x) * 2)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
 def test_saved_by_another_version() -> None:

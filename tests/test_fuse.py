@@ -919,3 +919,20 @@ def test_a_trial_that_fails_leaves_the_model_as_it_was(reason: str, was_fused: b
         fastnn.fuse(model, x)
     assert ("forward" in model.__dict__) is was_fused
     assert ("forward" in model[2].__dict__) is False
+
+
+def test_a_trial_of_a_model_that_transforms_a_part() -> None:
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+            self.scale = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(torch.func.grad(lambda z: self.energy(z).squeeze()))(x) * self.scale(x)
+
+    model, x = Field(), torch.randn(4, 2)
+    expected = model(x)
+    fused = fastnn.fuse(model, x)
+    assert_close(fused(x), expected)
+    assert "it runs within a transform of torch.func here" in str(fastnn.explain(fused, x))

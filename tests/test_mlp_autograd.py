@@ -72,6 +72,13 @@ class TestAutograd:
         ours = torch.func.vmap(lambda w: linear_relu(x, w))(weight)
         assert_close(ours, torch.stack([reference.linear_relu(x, w) for w in weight]))
 
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_vmap_over_nothing(self, dim: int) -> None:
+        x, weight = torch.randn((0, 2, 4) if dim == 0 else (2, 0, 4)), torch.randn(6, 4)
+        for call in (linear_relu, torch.func.grad(lambda x, weight: linear_relu(x, weight).sum())):
+            ours = torch.func.vmap(call, in_dims=(dim, None))(x, weight)
+            assert ours.shape == (0, 2, 6 if call is linear_relu else 4)
+
     def test_forward_mode(self) -> None:
         x, weight, bias = make_chain(3, (4, 5))
         tangent = torch.randn_like(x)

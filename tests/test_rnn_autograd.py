@@ -172,6 +172,23 @@ def test_compile_fullgraph(name):
         torch.testing.assert_close(compiled(input)[0], expected[0])
 
 
+def test_compile_fullgraph_of_one_tensor_in_two_places():
+    """A loop of cells often begins with h and c that are the same zeros."""
+    lstm, cell, gru = nn.LSTM(3, 3), nn.LSTMCell(3, 3), nn.GRUCell(3, 3)
+
+    def call(x):
+        return lstm(x, (x, x))[0], cell(x[0], (x[0], x[0]))[1], (lambda row: gru(row, row))(x[0])
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 2, 3, requires_grad=True)
+    results = []
+    for run_call in (call, compiled):
+        outputs = run_call(x)
+        results.append((outputs, torch.autograd.grad([output.sum() for output in outputs], x)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_export_with_dynamic_shapes(name):
     length, batch = torch.export.Dim("length", min=2, max=100), torch.export.Dim("batch", min=2, max=100)

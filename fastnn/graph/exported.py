@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from fastnn._torch import OpOverload, guard_of_sizes, pytree
+from fastnn._torch import OpOverload, guard_of_sizes, pytree, remember_builtins
 from fastnn.graph.aten_layers import ANCHORS, RANGES, NotALayerError, Reader
 from fastnn.graph.rewriting import rewrite
 from fastnn.network_program import Line, Value, write
@@ -440,6 +440,7 @@ def _no_search_for_causal_masks(model: nn.Module) -> Iterator[None]:
 def _lengths_as_sizes() -> Iterator[None]:
     """Makes ``len(x)`` of a tensor what ``x.size(0)`` is, which may depend on the batch. Python's own ``len`` returns
     plain numbers alone, so that an export takes the example's."""
+    remember_builtins()
     of_python = builtins.len
 
     def length(one: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastnn._torch import pytree
+from fastnn._torch import pytree, transforms_active
 from fastnn.graph import forward
 from fastnn.graph.forward import STRETCHES, FusedForward, FusedModule, FusedRecurrent, LeftByMode, Trace, key_of
 from fastnn.graph.matcher import Match
@@ -133,6 +133,9 @@ class _Trial:
     ) -> None:
         """Runs both on the same inputs; notes in `left` if their results differ or ours is not faster."""
         self.tried.append(key)
+        if transforms_active():  # which nothing may be measured within
+            self.left[key] = "it runs within a transform of torch.func here"
+            return
         inputs = [
             value.detach().requires_grad_(self.training and value.is_floating_point())
             if isinstance(value, Tensor)

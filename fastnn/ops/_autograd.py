@@ -148,11 +148,22 @@ def recorder(
     """
 
     def apply(*args: Any) -> tuple[Tensor, ...]:
-        if is_compiling() or transforms_active():
+        if is_compiling():
+            return function.apply(*_distinct(args))[:results]
+        if transforms_active():
             return function.apply(*args)[:results]
         return record_plain(*args)
 
     return apply
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments, of which none is the same tensor as another: torch.compile takes no function of such arguments."""
+    distinct: list[Any] = []
+    for one in args:
+        is_again = isinstance(one, Tensor) and any(one is other for other in distinct)
+        distinct.append(one.view_as(one) if is_again else one)
+    return distinct
 
 
 def one_by_one(backward: Callable[..., Any], grads: Sequence[Tensor | None]) -> Any:

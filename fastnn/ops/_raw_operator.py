@@ -95,13 +95,14 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], call: _Call, *leaves: Any) -> Any:
-        if info.batch_size == 0:
-            raise RuntimeError(f"{call.op.name()}: vmap over an empty dimension is not supported")
-        results = [
-            call(*(leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, in_dims[1:], strict=True)))
-            for i in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*results, strict=True))
+
+        given = list(zip(leaves, in_dims[1:], strict=True))
+        if info.batch_size == 0:  # an example of zeros says what sizes the results have
+            example = [x if dim is None else x.new_zeros([*x.shape[:dim], *x.shape[dim + 1 :]]) for x, dim in given]
+            stacked = tuple(output.new_empty((0, *output.shape)) for output in call(*example))
+        else:
+            examples = ([x if dim is None else x.select(dim, i) for x, dim in given] for i in range(info.batch_size))
+            stacked = tuple(torch.stack(outputs) for outputs in zip(*(call(*one) for one in examples), strict=True))
         return stacked, (0,) * len(stacked)
 
 
