@@ -420,6 +420,80 @@ def test_what_a_view_shows_changes_before_backward(name: str, of_weight: bool, p
     assert len(fastnn.explain(fused, x).calls) == 1
 
 
+def _of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, p: function(x)
+
+
+# Layers between an input and a parameter of 6 x 4 elements, which may change before backward.
+_BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{f.__name__: _of(f) for f in (torch.abs, torch.neg, torch.exp, torch.rsqrt, torch.sqrt, torch.log, torch.log1p)},
+    **{f.__name__: _of(f) for f in (torch.sin, torch.cos, torch.tan, torch.tanh, torch.sigmoid, torch.square)},
+    **{f.__name__: _of(f) for f in (torch.sign, torch.erf, torch.expm1, torch.floor, torch.relu, torch.atan)},
+    **{f.__name__: _of(f) for f in (F.gelu, F.silu, F.mish, F.hardswish, F.softplus, F.elu, F.celu, F.relu6)},
+    **{f.__name__: _of(f) for f in (F.hardtanh, F.leaky_relu, F.logsigmoid, F.softshrink)},
+    "clamp": lambda x, p: x.clamp(0.5, 1.0),
+    "mul": lambda x, p: x * p,
+    "div": lambda x, p: x / (p + 9) + (p + 9) / x,
+    "pow": lambda x, p: x**2 + x**3,
+    "maximum": lambda x, p: torch.maximum(x, p) + torch.minimum(x, p),
+    "where": lambda x, p: torch.where(x > 1, p, -x),
+    "lerp": lambda x, p: torch.lerp(x, p, 0.3),
+    "softmax": lambda x, p: F.softmax(x, -1) + F.log_softmax(x, -1) + x.logsumexp(-1, keepdim=True),
+    "amax": lambda x, p: x + x.amax(-1, keepdim=True),
+    "moments": lambda x, p: x.var(-1, keepdim=True) + x.mean(-1, keepdim=True) * p,
+    "norms": lambda x, p: x.norm(dim=-1, keepdim=True) + x.norm(p=1, dim=-1, keepdim=True) + F.normalize(x) + p,
+    "cumsum": lambda x, p: x.cumsum(-1),
+    "layer_norm": lambda x, p: F.layer_norm(x, (4,), p[0], p[1]),
+    "group_norm": lambda x, p: F.group_norm(x, 2, p[0], p[1]),
+    "batch_norm": lambda x, p: F.batch_norm(x, None, None, p[0], p[1], True),
+    "prelu": lambda x, p: F.prelu(x - 1, p[0]),
+    "matmul": lambda x, p: x @ p.T @ p,
+    "linear": lambda x, p: F.linear(x, p[:4], p[4]),
+    "attention": lambda x, p: F.scaled_dot_product_attention(*(t.view(1, 1, 6, 4) for t in (x, p, x))).view(6, 4),
+    "max_pool": lambda x, p: F.max_pool1d(x.view(1, 6, 4), 3, 1, 1).view(6, 4),
+    "avg_pool": lambda x, p: F.avg_pool1d(x.view(1, 6, 4), 3, 1, 1).view(6, 4) * p,
+    "conv": lambda x, p: F.conv1d(x.view(1, 6, 4), p.view(4, 6, 1))[0],
+    "masked_fill": lambda x, p: x.masked_fill(x > 1, 0.5) * p,
+    "losses": lambda x, p: x + F.mse_loss(x, p) + F.smooth_l1_loss(x, p),
+    "entropies": lambda x, p: x + F.binary_cross_entropy_with_logits(x, torch.sigmoid(p)) + F.cross_entropy(x, p.abs()),
+    "reordered": lambda x, p: torch.cat([x.flip(1), x.roll(1, 1)], 1)[:, 2:6] + F.pad(x, (1, 1))[:, 2:] * p,
+}
+
+
+@pytest.mark.parametrize("name", list(_BETWEEN))
+@pytest.mark.parametrize("changes", ["input", "parameter"])
+@pytest.mark.parametrize("wants", [False, True])
+def test_what_a_layer_reads_again_changes_before_backward(name: str, changes: str, wants: bool) -> None:
+    """wants: whether the input requires a gradient. The gradients are those of what forward has seen, or there are none
+    where stock has none either."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(_BETWEEN[name](x, m.p))))
+
+    def make() -> nn.Module:
+        return By(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 2), p=nn.Parameter(torch.rand(6, 4) + 0.5))
+
+    def gradients(model: nn.Module, changed: bool) -> Any:
+        torch.manual_seed(1)
+        x = (torch.rand(6, 4, dtype=torch.float64) + 0.5).requires_grad_(wants)
+        y = model(x)
+        if changed:
+            with torch.no_grad():
+                (x if changes == "input" else model.get_parameter("p")).mul_(1.5)
+        given = [*model.parameters(), *([x] if wants else [])]
+        return torch.autograd.grad(y.square().sum(), given, allow_unused=True)
+
+    stock, fused = _pair(make)
+    expected = gradients(stock, False)
+    refuses = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    try:
+        assert_close(gradients(fused, True), expected)
+    except RuntimeError:
+        for model in (fused, stock):
+            with refuses:
+                gradients(model, True)
+
+
 def test_an_embedding_of_a_column_twice_differentiated(passes: set[int]) -> None:
     class Energy(nn.Module):
         def __init__(self) -> None:

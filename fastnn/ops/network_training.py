@@ -129,8 +129,8 @@ _PRODUCTS = {
 }
 # Other layers whose backward reads inputs, as torch's reads them.
 _READ_AGAIN: dict[str, Sequence[str]] = {
-    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool"), ("input",)),
-    **dict.fromkeys(("batch_norm", "layer_norm", "prelu"), ("input", "weight")),
+    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "amax", "clamp"), ("input",)),
+    **dict.fromkeys(("batch_norm", "layer_norm", "group_norm", "prelu"), ("input", "weight")),
     "attention": ("query", "key", "value", "mask"),
     "where": ("condition",),
     "lerp": ("input", "other", "amount"),
@@ -143,6 +143,13 @@ _VIEWS = {
     *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "contiguous"),
     *("select", "slice", "split", "detach", "check_sizes"),
 }
+
+
+def _is_derived_from_input(line: TextLine) -> bool:
+    """Whether the layer is a function whose derivative is computed from its input. Others take the result."""
+    if line.layer == "activation":
+        return parse_one(line["activation"]).kind.derived_from == "input"
+    return line.layer == "unary" and line["function"] in ("abs", "atan", "erf", "log", "log1p")
 
 
 def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
@@ -159,7 +166,7 @@ def _read_again(line: TextLine, depends: Mapping[str, bool]) -> list[str]:
             return [one for some, others in of_both for one in some if any(depends[other] for other in others)]
     elif line.layer == "batch_norm" and not line["trains"]:
         names = (*names, "mean", "variance")
-    elif line.layer == "activation" and parse_one(line["activation"]).kind.derived_from == "input":
+    elif _is_derived_from_input(line):
         names = ("input",)
     return [value for name in names for value in line.inputs.get(name, ())]
 
