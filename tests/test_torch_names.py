@@ -30,11 +30,12 @@ def test_each_name_is_there_and_taken(name: str) -> None:
     assert any(taken is value for taken in vars(_torch).values())
 
 
-def test_the_name_that_is_imported_late_is_there() -> None:
+def test_the_names_that_are_imported_late_are_there() -> None:
     module = import_module("torch.fx.experimental.symbolic_shapes")
     assert module.statically_known_true is not bool
     assert _torch.statically_known_true(True)
     assert not _torch.statically_known_true(False)
+    assert import_module("torch._dynamo.trace_rules").is_builtin_callable(len)
 
 
 def test_attributes_of_objects_are_there() -> None:

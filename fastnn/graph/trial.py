@@ -133,7 +133,7 @@ class _Trial:
     ) -> None:
         """Runs both on the same inputs; notes in `left` if their results differ or ours is not faster."""
         self.tried.append(key)
-        if transforms_active():  # which nothing may be measured within
+        if transforms_active():  # the tensors within a transform cannot be made leaves, whose gradients are compared
             self.left[key] = "it runs within a transform of torch.func here"
             return
         inputs = [

@@ -158,7 +158,8 @@ def recorder(
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:
-    """The arguments, of which none is the same tensor as another: torch.compile takes no function of such arguments."""
+    """The arguments, with a view in place of each tensor that has stood before: ``torch.compile`` refuses an autograd
+    function that is given one tensor twice, such as an LSTM's h and c that are the same zeros."""
     distinct: list[Any] = []
     for one in args:
         is_again = isinstance(one, Tensor) and any(one is other for other in distinct)

@@ -95,7 +95,6 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], call: _Call, *leaves: Any) -> Any:
-
         given = list(zip(leaves, in_dims[1:], strict=True))
         if info.batch_size == 0:  # an example of zeros says what sizes the results have
             example = [x if dim is None else x.new_zeros([*x.shape[:dim], *x.shape[dim + 1 :]]) for x, dim in given]

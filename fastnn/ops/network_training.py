@@ -79,7 +79,8 @@ class TrainedNetwork:
         again: set[str] = set()
         outputs: Sequence[str] = ()
         reached = _values_with_gradients(self.text)
-        for line in read(self.text):
+        lines = list(read(self.text))
+        for line in lines:
             if line.layer in ("input", "weight"):
                 depends[line.outputs[0]] = requires[len(given)]
                 given.append(line.outputs[0])
@@ -90,7 +91,7 @@ class TrainedNetwork:
                     again.update(_read_again(line, depends))
                 any_input = any(depends[one] for one in _differentiated(line))
                 depends.update(dict.fromkeys(line.outputs, any_input))
-        for line in reversed(list(read(self.text))):
+        for line in reversed(lines):
             if line.layer in _VIEWS and not again.isdisjoint(line.outputs):
                 again.update(line.inputs["input"])
         places: tuple[list[int], list[int]] = ([], [])
@@ -138,7 +139,7 @@ _READ_AGAIN: dict[str, Sequence[str]] = {
     "rnn": ("input", "h", "c", "weights"),
 }
 
-# Layers whose results are their input's own elements: whoever reads a result again reads the input.
+# Layers whose results are, or may be, their input's own memory: a layer that reads such a result again reads the input.
 _VIEWS = {
     *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "expand", "contiguous"),
     *("select", "slice", "split", "detach", "check_sizes"),
@@ -146,7 +147,7 @@ _VIEWS = {
 
 
 def _is_derived_from_input(line: TextLine) -> bool:
-    """Whether the layer is a function whose derivative is computed from its input. Others take the result."""
+    """Whether the layer is a function whose derivative is computed from its input, and not from its result."""
     if line.layer == "activation":
         return parse_one(line["activation"]).kind.derived_from == "input"
     return line.layer == "unary" and line["function"] in ("abs", "atan", "erf", "log", "log1p")

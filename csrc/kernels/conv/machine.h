@@ -56,12 +56,12 @@ constexpr int64_t kShareParts = 8;        // winograd: parts of the tiles, at le
 constexpr int64_t kSharedSums = 8 << 20;  // winograd: bytes of all shares' sums: a quarter of a large L3
 
 // ---- backward: costs in multiplied vectors, each in both gradients (measured on Sapphire Rapids) -------------------
-constexpr double kWinogradGradient = 6;  // winograd: kWinogradMove of the weight's gradient, whose input leaves L1
-constexpr double kListed = 23;           // a vector of gradients put into two lists: transposed, compressed, stored
-constexpr double kImageVector = 6;       // a vector of the input and its gradient, moved in and out
-constexpr double kPixelVector = 5;       // of the runs under a pixel, read, added to and written
-constexpr double kListProduct = 3.5;     // a vector of a list entry's runs, which has to be loaded
-constexpr double kZippedProduct = 2;     // the same where entries are multiplied in pairs, for each entry
+constexpr double kWinogradGradientMove = 6;  // kWinogradMove of the weight's gradient: of 16 channels, lists are faster
+constexpr double kListed = 23;               // a vector of gradients put into two lists: transposed, compressed, stored
+constexpr double kImageVector = 6;           // a vector of the input and its gradient, moved in and out
+constexpr double kPixelVector = 5;           // of the runs under a pixel, read, added to and written
+constexpr double kListProduct = 3.5;         // a vector of a list entry's runs, which has to be loaded
+constexpr double kZippedProduct = 2;         // the same where entries are multiplied in pairs, for each entry
 constexpr double kSingle = 2;  // taps: an element of the input and its gradient, moved on its own from channels last
 constexpr double kAddProduct = 4.5;  // taps: a vector of the input's gradient read, added to, written
 constexpr double kSumLanes = 20;     // taps: a sum over the lanes, at the end

@@ -7,9 +7,10 @@
 // windows are pooled. With tiles of 6x6 pixels, 16 conv pixels take 36 multiplications instead of 144, but the error is
 // up to 34 times as large, which only the rounding of bfloat16 hides (moderate.h).
 //
-// It costs 4 / 9 or 1 / 4 of direct convolution's multiply-adds, and some 5 additions and moves per position of a tile
-// for each input and each output channel. F(2x2)'s rounding errors are no larger than direct convolution's. NaN,
-// infinity and huge values would spread over a tile, so calls that have some go to direct convolution.
+// It costs 4 / 9 or 1 / 4 of direct convolution's multiply-adds, and some additions and moves (kWinogradMove) per
+// position of a tile for each input and each output channel. F(2x2)'s rounding errors are no larger than direct
+// convolution's. NaN, infinity and huge values would spread over a tile, so calls that have some go to direct
+// convolution.
 #pragma once
 
 #include "channels.h"

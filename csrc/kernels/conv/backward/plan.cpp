@@ -311,7 +311,7 @@ bool winograd_pays(const Planner& p) {
   const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
   const double products = real(kWinogradPositions * g.in_channels) * out;
   const double parts = real(divide_up(w.tiles, w.part));
-  const double move = kWinogradPositions * tuned::kWinogradGradient + 4 * tuned::kTranspose;
+  const double move = kWinogradPositions * tuned::kWinogradGradientMove + 4 * tuned::kTranspose;
   const double weight = real(w.tiles) * (products + move * (in + out)) +
                         products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
   // In both: what is transformed leaves L1 and is read again, and the gradient of four pixels is masked.
