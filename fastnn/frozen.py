@@ -38,10 +38,10 @@ def freeze(model: nn.Module, example_input: Any) -> "FrozenModel | FrozenGraph":
         model: float32 or float64, on the CPU. It is not changed, and later changes of it do not reach the frozen model.
         example_input: (batch, ...), or a tuple of a model's inputs, which may be tuples, lists and dicts of tensors
             themselves, as an LSTM's state. The batch is dimension 0 of each input, or dimension 1, as of a state;
-            inputs but the first may have none, as a mask (steps, steps). The frozen model takes any batch size, and is
-            fastest for sizes like these. It takes other sizes in further dimensions (lengths, heights) where the model
-            does, and does with them what it does with the example's: one that enlarges images to the size of another,
-            for one, keeps to the example's sizes.
+            inputs but the first may have none, as a mask (steps, steps). The frozen model takes any batch size and
+            memory format, and is fastest for those of the example. It takes other sizes in further dimensions (lengths,
+            heights) where the model does, and does with them what it does with the example's: one that enlarges images
+            to the size of another, for one, keeps to the example's sizes.
 
     Raises:
         ValueError: there is nothing to freeze, or the model does something that cannot be captured, or it keeps
@@ -217,9 +217,19 @@ def _build(model: nn.Module, exported: Exported, leaves: Sequence[Tensor], spec:
         results = pytree.tree_unflatten(exported.outputs, exported.out_spec)
         order = [exported.inputs.index(node) for node in segment.inputs]
         sizes = [tuple(leaves[place].shape) for place in order]
-        return FrozenModel(segment.program, _joined(segment), sizes, order, structure, _write(results, places))
-    parts, constants, steps, ranges, output = _write_graph(exported)
+        last = _channels_last([leaves[place] for place in order])
+        return FrozenModel(segment.program, _joined(segment), sizes, order, structure, _write(results, places), last)
+    parts, constants, steps, ranges, output = _write_graph(exported, leaves)
     return FrozenGraph(parts, constants, steps, ranges, output, structure)
+
+
+def _channels_last(inputs: Sequence[Tensor | None]) -> list[int]:
+    """The numbers of those that lie channels last, without gaps."""
+    return [
+        number
+        for number, one in enumerate(inputs)
+        if one is not None and one.dim() > 2 and not one.is_contiguous() and one.movedim(1, -1).is_contiguous()
+    ]
 
 
 def _joined(segment: Segment) -> Tensor:
@@ -419,6 +429,7 @@ class FrozenModel(_Frozen):
 
     weights: Tensor
     packed: Tensor
+    _channels_last: Sequence[int] = ()  # what a model that an older version saved does not say
 
     def __init__(
         self,
@@ -428,19 +439,23 @@ class FrozenModel(_Frozen):
         order: Sequence[int],
         inputs: Any,
         output: Any,
+        channels_last: Sequence[int] = (),
     ) -> None:
         # sizes: the sizes of the network's inputs, for which the weights are packed. order: for each input of the
         # network, which of the model's tensors it is. inputs, output: how the model's inputs and its result are nested;
-        # in the result, numbers stand for the network's outputs.
+        # in the result, numbers stand for the network's outputs. channels_last: the numbers of the network's inputs
+        # that are expected to lie so; others may, which is slower.
         super().__init__()
         self._program, self._sizes, self._order = program, [tuple(one) for one in sizes], list(order)
+        self._channels_last = list(channels_last)
         self._inputs, self._output = inputs, output
         self._plain = inputs == (_TUPLE, [(_VALUE, 0)]) and output == (_VALUE, 0) and self._order == [0]
         self.register_buffer("weights", weights)
         self._pack()
 
     def _pack(self) -> None:
-        packed = pack_network(self.weights, self._program, list(chain.from_iterable(self._sizes)))
+        sizes = list(chain.from_iterable(self._sizes))
+        packed = pack_network(self.weights, self._program, sizes, self._channels_last)
         self.register_buffer("packed", packed, persistent=False)
         self._arguments = (self.weights, self.packed, self._program)
 
@@ -574,7 +589,16 @@ class FrozenGraph(_Frozen):
 
     def __getstate__(self) -> dict[str, Any]:
         parts = [
-            (part._program, part.weights, part._sizes, part._order, part._inputs, part._output) for part in self.parts
+            (
+                part._program,
+                part.weights,
+                part._sizes,
+                part._order,
+                part._inputs,
+                part._output,
+                part._channels_last,
+            )
+            for part in self.parts
         ]
         constants = [getattr(self, f"constant_{i}") for i in range(self._constants)]
         return {
@@ -602,8 +626,9 @@ class FrozenGraph(_Frozen):
 _VALUE, _LIST, _TUPLE, _DICT, _TORCH = "value", "list", "tuple", "dict", "torch"
 
 
-def _write_graph(exported: Exported) -> tuple[Any, ...]:
-    """The arguments of a FrozenGraph, without the last one."""
+def _write_graph(exported: Exported, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The arguments of a FrozenGraph, without the last one. leaves: the example inputs."""
+    examples = dict(zip(exported.inputs, leaves, strict=True))
     outputs = {output for output in exported.outputs if isinstance(output, Node)}
     needed = set(outputs)
     units: list[Segment | Node] = []
@@ -632,7 +657,8 @@ def _write_graph(exported: Exported) -> tuple[Any, ...]:
         given = (_TUPLE, [(_VALUE, place) for place in range(len(sizes))])
         is_one = len(unit.outputs) == 1
         result = (_VALUE, 0) if is_one else (_LIST, [(_VALUE, place) for place in range(len(unit.outputs))])
-        parts.append(FrozenModel(unit.program, _joined(unit), sizes, list(range(len(sizes))), given, result))
+        last = _channels_last([examples.get(node) for node in unit.inputs])
+        parts.append(FrozenModel(unit.program, _joined(unit), sizes, list(range(len(sizes))), given, result, last))
         arguments = (_TUPLE, [(_VALUE, numbers[node]) for node in unit.inputs])
         steps.append((len(parts) - 1, arguments, (_DICT, {}), done))
         if is_one:

@@ -705,9 +705,14 @@ def _has_no_gradient(line: str) -> bool:
     return line.startswith("max_pool ") and "padding" in line and "dilation" in line
 
 
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def check(seed: int) -> None:
-    """The operator's results are the reference's in float64, with packed weights and without, and rewritten for
-    parameters that may change. The instruction set, the dtype and the number of threads follow from the seed."""
+    """The operator's results are the reference's in float64, with packed weights and without, with some inputs channels
+    last, and rewritten for parameters that may change. The instruction set, the dtype, the number of threads and the
+    inputs that are channels last follow from the seed."""
     net = random_network(seed)
     expected = network(net.inputs, net.weights, net.text)
     text, parameters = net.rewritten
@@ -722,11 +727,18 @@ def check(seed: int) -> None:
     try:
         sizes = [size for tensor in inputs for size in tensor.shape]
         packed = torch.ops.fastnn.pack_network(weights, net.text, sizes)
+        last = [number for number, one in enumerate(inputs) if one.dim() > 2 and (seed + number) % 3]
+        packed_for_last = torch.ops.fastnn.pack_network(weights, net.text, sizes, last)
+        others = [_channels_last(one) if number in last else one for number, one in enumerate(inputs)]
         with using_threads(1 + seed % 2):
-            results = [torch.ops.fastnn.network(inputs, weights, some, net.text) for some in (packed, packed[:0])]
+            results = [
+                torch.ops.fastnn.network(some, weights, weights_packed, net.text)
+                for some in ((inputs, others) if last else (inputs,))
+                for weights_packed in (packed, packed_for_last, packed[:0])
+            ]
             if parameters:
                 own = [tensor.to(dtype) for tensor in parameters]
-                results.append(torch.ops.fastnn.network_of_parameters(inputs, own, text))
+                results.append(torch.ops.fastnn.network_of_parameters(others, own, text))
     finally:
         _C.use_instruction_set(before)
     for *found, wanted in zip(*results, expected, strict=True):

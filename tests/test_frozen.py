@@ -1779,3 +1779,34 @@ def test_convolution_of_numbers_that_transforms_would_spoil(place: str, large: f
         x[1, 5, 6, 7] = large
     with torch.no_grad():
         assert_close(frozen(x), model(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("example_is_last", [False, True])
+@pytest.mark.parametrize("kind", ["images", "signals", "in parts", "reshaped"])
+def test_inputs_channels_last(kind: str, example_is_last: bool) -> None:
+    """An input may lie in either format, whichever the example had, and the model may have been saved before."""
+    torch.manual_seed(0)
+    signals = kind == "signals"
+    conv: Any = nn.Conv1d if signals else nn.Conv2d
+    rest = {
+        "images": [conv(20, 7, 1), nn.Sigmoid()],
+        "signals": [conv(20, 7, 3, padding=1)],
+        "in parts": [CumulativeProduct(), conv(20, 7, 3, stride=2)],
+        "reshaped": [nn.Flatten(), nn.Linear(20 * 99, 5)],
+    }[kind]
+    model = nn.Sequential(conv(18, 20, 3, padding=1), nn.ReLU(), *rest).eval()
+    contiguous = torch.randn(3, 18, *([37] if signals else [9, 11]))
+    last = contiguous.movedim(1, -1).contiguous().movedim(-1, 1)
+    frozen = fastnn.freeze(model, last if example_is_last else contiguous)
+    old = frozen.__getstate__()
+    if isinstance(frozen, fastnn.FrozenModel):
+        del old["_channels_last"]
+    else:
+        old["parts"] = [part[:6] for part in old["parts"]]
+    saved_by_older_version = type(frozen).__new__(type(frozen))
+    saved_by_older_version.__setstate__(old)
+    with torch.no_grad():
+        for one in (frozen, pickle.loads(pickle.dumps(frozen)), saved_by_older_version):
+            for x in (contiguous, last, last[1:], torch.cat([last, last])[::2], last[:0]):
+                if kind != "reshaped" or x.shape[0]:
+                    assert_close(one(x), model(x))

@@ -20,6 +20,29 @@ Expected check_weights(const char* op, const Tensor& weights) {
   return kind;
 }
 
+// The format in which an input is given. One that has neither is copied to be contiguous.
+Format format_of(const Tensor& input) {
+  if (input.is_contiguous() || input.dim() < 3) return Format::contiguous;
+  const Ints sizes = sizes_of(input), dense = ValueType{sizes, Format::channels_last}.strides();
+  const Sizes strides = input.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && strides[d] != dense[d]) return Format::contiguous;
+  }
+  return Format::channels_last;
+}
+
+// The tensor if it lies as the value's type says, else a copy that does; valid while the given tensor lives.
+template <class T>
+Tensor in_format(const Tensor& given, const ValueType& value) {
+  if (value.channels_last() || given.is_contiguous()) return given.borrow();
+  if (format_of(given) == Format::contiguous || given.scalar_type() != kDtypeOf<T>) return dense(given);
+  const Tensor copy = new_tensor(value.sizes, kDtypeOf<T>);
+  const Ints from = ValueType{value.sizes, Format::channels_last}.strides();
+  copy_array(data<T>(given), from, mutable_data<T>(copy), value.strides(), value.sizes,
+             memory_order(value.sizes.size(), false));
+  return copy;
+}
+
 // A network, bound to weights, and its plans for the sizes of the last calls.
 template <class T>
 struct Bound {
@@ -38,7 +61,7 @@ struct Bound {
   }
 
   struct Planned {
-    std::vector<Ints> sizes;
+    std::vector<InputShape> inputs;
     Isa isa;
     int64_t threads;
     Plan<T> plan;
@@ -49,29 +72,31 @@ struct Bound {
     constexpr size_t kKept = 16;
     const int64_t threads = torch::stable::get_num_threads();
     for (size_t i = 0; i < planned.size(); ++i) {
-      if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_sizes(planned[i]->sizes, inputs))
+      if (planned[i]->isa != kernels.isa || planned[i]->threads != threads || !has_shapes(planned[i]->inputs, inputs))
         continue;
       std::rotate(planned.begin(), planned.begin() + static_cast<ptrdiff_t>(i),
                   planned.begin() + static_cast<ptrdiff_t>(i) + 1);
       return planned[0]->plan;
     }
-    std::vector<Ints> sizes;
+    std::vector<InputShape> shapes;
     for (size_t i = 0; i < network.inputs.size(); ++i) {
-      const Sizes given = inputs[i].sizes();
-      network.inputs[i].check(given, i);
-      sizes.emplace_back(given.begin(), given.end());
+      network.inputs[i].check(inputs[i].sizes(), i);
+      shapes.push_back({sizes_of(inputs[i]), format_of(inputs[i])});
     }
-    auto made = std::make_unique<Planned>(Planned{sizes, kernels.isa, threads, Plan<T>(network, sizes, kernels)});
+    auto made = std::make_unique<Planned>(Planned{shapes, kernels.isa, threads, Plan<T>(network, shapes, kernels)});
     if (planned.size() >= kKept) planned.pop_back();
     planned.insert(planned.begin(), std::move(made));
     return planned[0]->plan;
   }
 
  private:
-  static bool has_sizes(const std::vector<Ints>& known, const Tensor* inputs) {
+  static bool has_shapes(const std::vector<InputShape>& known, const Tensor* inputs) {
     for (size_t i = 0; i < known.size(); ++i) {
       const Sizes sizes = inputs[i].sizes();
-      if (sizes.size() != known[i].size() || !std::equal(sizes.begin(), sizes.end(), known[i].begin())) return false;
+      const Ints& own = known[i].sizes;
+      if (sizes.size() != own.size() || !std::equal(sizes.begin(), sizes.end(), own.begin()) ||
+          format_of(inputs[i]) != known[i].format)
+        return false;
     }
     return true;
   }
@@ -130,7 +155,10 @@ std::vector<Tensor> run(Bound<T>& bound, const Tensor* inputs, size_t count, con
   const Plan<T>& plan = bound.plan_for(inputs, kernels);
   std::vector<Tensor> dense_inputs, outputs;
   dense_inputs.reserve(count);
-  for (size_t i = 0; i < count; ++i) dense_inputs.push_back(dense(inputs[i]));
+  for (size_t i = 0; i < count; ++i) {
+    const ValueType& value = plan.values[static_cast<size_t>(network.inputs[i].value)];
+    dense_inputs.push_back(in_format<T>(inputs[i], value));
+  }
   for (const int64_t output : network.outputs) {
     const ValueType& value = plan.values[static_cast<size_t>(output)];
     outputs.push_back(new_tensor(value.sizes, dtype_of(value.elements, kind.dtype)));
@@ -228,8 +256,9 @@ std::vector<Tensor> network_of_parameters(const std::vector<Tensor>& inputs, con
   });
 }
 
-// sizes: the sizes of all inputs, one input behind the other. The weights are packed for inputs of these sizes.
-Tensor pack_network(const Tensor& weights, const std::string& program, const Ints& sizes) {
+// sizes: the sizes of all inputs, one input behind the other. channels_last: the numbers of the inputs that lie
+// channels last. The weights are packed for such inputs.
+Tensor pack_network(const Tensor& weights, const std::string& program, const Ints& sizes, const Ints& channels_last) {
   const char* op = "pack_network";
   const Expected kind = check_weights(op, weights);
   FASTNN_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size > 0; }), op,
@@ -237,19 +266,23 @@ Tensor pack_network(const Tensor& weights, const std::string& program, const Int
   return with_kernel_dtype(kind.dtype, [&](auto type) {
     using T = decltype(type);
     const Network<T> network(program, {WeightPiece<T>(weights)}, true);
-    std::vector<Ints> all_sizes;
+    std::vector<InputShape> shapes;
     size_t next = 0;
     for (const NetworkInput& input : network.inputs) {
       const size_t rank = input.ranges.size();
       FASTNN_CHECK(sizes.size() - next >= rank, op, ": expected more sizes than ", sizes.size());
-      all_sizes.emplace_back(sizes.begin() + static_cast<ptrdiff_t>(next),
-                             sizes.begin() + static_cast<ptrdiff_t>(next + rank));
-      input.check(all_sizes.back(), all_sizes.size() - 1);
+      const auto first = sizes.begin() + static_cast<ptrdiff_t>(next);
+      shapes.push_back({Ints(first, first + static_cast<ptrdiff_t>(rank))});
+      input.check(shapes.back().sizes, shapes.size() - 1);
       next += rank;
     }
     FASTNN_CHECK(next == sizes.size(), op, ": expected ", next, " sizes, got ", sizes.size());
+    for (const int64_t input : channels_last) {
+      FASTNN_CHECK(input >= 0 && input < static_cast<int64_t>(shapes.size()), op, ": there is no input ", input);
+      shapes[static_cast<size_t>(input)].format = Format::channels_last;
+    }
     const Kernels<T> kernels = Kernels<T>::active();
-    const Plan<T> plan(network, all_sizes, kernels);
+    const Plan<T> plan(network, shapes, kernels);
     PackedWriter counted(nullptr, kernels.isa, sizeof(T));
     plan.pack(counted);
     Tensor packed = new_tensor({counted.bytes()}, ScalarType::Byte);
@@ -266,7 +299,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   // fit this machine, dtype or input, the weights are packed again, which costs time and nothing else.
   m.def("network(Tensor[] inputs, Tensor weights, Tensor packed, str program) -> Tensor[]");
   m.def("network_of_one(Tensor input, Tensor weights, Tensor packed, str program) -> Tensor");
-  m.def("pack_network(Tensor weights, str program, int[] sizes) -> Tensor");
+  m.def("pack_network(Tensor weights, str program, int[] sizes, int[] channels_last=[]) -> Tensor");
   m.def("network_of_parameters(Tensor[] inputs, Tensor[] parameters, str program) -> Tensor[]");
 }
 

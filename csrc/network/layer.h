@@ -160,6 +160,8 @@ class Layer {
 template <class T>
 class Weights {
  public:
+  bool are_packed = false;  // ahead of the calls, by Layer::pack
+
   struct Weight {
     const T* data = nullptr;  // null only where there is no weight
     Ints sizes;

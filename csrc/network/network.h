@@ -86,9 +86,11 @@ class Network {
   std::vector<Fold<T>> folds;  // weights that each call computes
   size_t values;               // the number of values
 
-  // pieces: the weights in the program's order; if `joined`, one piece that has all weights one behind the other.
+  // pieces: the weights in the program's order; if `joined`, one piece that has all weights one behind the other, which
+  // are packed ahead of the calls.
   Network(const std::string& text, const std::vector<WeightPiece<T>>& pieces, bool joined) {
     const Program program(text);
+    weights.are_packed = joined;
     values = program.values.size();
     size_t next = 0;
     int64_t used = 0;  // elements of the one piece

@@ -13,6 +13,12 @@ struct Place {
   int64_t offset = 0;  // in the memory between layers, or in the input, output or weight, in elements
 };
 
+// The sizes of a network's input, and the format in which its elements lie.
+struct InputShape {
+  Ints sizes;
+  Format format = Format::contiguous;
+};
+
 template <class T>
 class Plan {
  public:
@@ -23,9 +29,12 @@ class Plan {
   std::vector<char> is_idle;   // of each step, whether it has nothing to compute or is a view
   std::vector<bool> copied;    // for each output, whether it lies elsewhere and must be copied
 
-  Plan(const Network<T>& network, const std::vector<Ints>& inputs, const Kernels<T>& kernels) : network_(network) {
+  // inputs: the sizes of each, and the format in which it is given. A layer may need the other format; then the plan
+  // says so in the input's `values`, and the caller has to give a copy.
+  Plan(const Network<T>& network, const std::vector<InputShape>& inputs, const Kernels<T>& kernels)
+      : network_(network) {
     set_sizes(inputs, kernels);
-    set_formats();
+    set_formats(inputs);
     set_parts();
     for (size_t i = 0; i < sites.size(); ++i) {
       is_idle.push_back(sites[i].is_empty() || network.steps[i].layer->is_view(sites[i]));
@@ -49,10 +58,10 @@ class Plan {
 
   static size_t at(int64_t value) { return static_cast<size_t>(value); }
 
-  void set_sizes(const std::vector<Ints>& inputs, const Kernels<T>& kernels) {
+  void set_sizes(const std::vector<InputShape>& inputs, const Kernels<T>& kernels) {
     values.resize(network_.values);
     for (size_t i = 0; i < inputs.size(); ++i) {
-      values[at(network_.inputs[i].value)] = {inputs[i], Format::contiguous, network_.inputs[i].elements};
+      values[at(network_.inputs[i].value)] = {inputs[i].sizes, Format::contiguous, network_.inputs[i].elements};
     }
     for (size_t value = 0; value < values.size(); ++value) {
       if (network_.weights.holds(static_cast<int64_t>(value))) {
@@ -78,7 +87,7 @@ class Plan {
         }
       } catch (const std::runtime_error& error) {
         std::string sizes;
-        for (const Ints& input : inputs) sizes += (sizes.empty() ? "" : ", ") + to_string(input);
+        for (const InputShape& input : inputs) sizes += (sizes.empty() ? "" : ", ") + to_string(input.sizes);
         fail("network: an input of size ", sizes, " does not fit the network: line ", step.line, ", ", step.name, ": ",
              error.what());
       }
@@ -88,7 +97,8 @@ class Plan {
   }
 
   // ---- formats ---- Values that must have the same format are a group. A group of images is contiguous or channels
-  // last, whichever costs less. One group after another takes the better format, until no group changes.
+  // last, whichever costs less. One group after another takes the better format, until no group changes. An input that
+  // is given channels last is taken so, if its group may be.
 
   std::vector<size_t> group_;
 
@@ -97,7 +107,7 @@ class Plan {
     return value;
   }
 
-  void set_formats() {
+  void set_formats(const std::vector<InputShape>& inputs) {
     group_.resize(values.size());
     for (size_t value = 0; value < values.size(); ++value) group_[value] = value;
     std::vector<bool> is_fixed(values.size());
@@ -107,7 +117,9 @@ class Plan {
       if (values[at(one)].sizes.size() != values[at(other)].sizes.size()) return fix(one), fix(other);
       group_[group_of(at(one))] = group_of(at(other));
     };
-    for (const NetworkInput& input : network_.inputs) fix(input.value);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (inputs[i].format == Format::contiguous) fix(network_.inputs[i].value);
+    }
     for (const int64_t output : network_.outputs) fix(output);
     for (size_t value = 0; value < values.size(); ++value) {
       if (network_.weights.holds(static_cast<int64_t>(value))) fix(static_cast<int64_t>(value));
@@ -127,13 +139,20 @@ class Plan {
     for (size_t value = 0; value < values.size(); ++value) {
       if (is_fixed[value] && !is_same_order(values[value].sizes)) group_is_fixed[group_of(value)] = true;
     }
+    std::vector<Format> formats(values.size(), Format::contiguous);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const size_t group = group_of(at(network_.inputs[i].value));
+      if (inputs[i].format == Format::contiguous || group_is_fixed[group]) continue;
+      formats[group] = Format::channels_last;
+    }
     std::vector<size_t> free;
     for (size_t value = 0; value < values.size(); ++value) {
-      if (group_of(value) == value && !group_is_fixed[value] && !is_same_order(values[value].sizes)) {
+      if (group_of(value) == value && !group_is_fixed[value] && formats[value] == Format::contiguous &&
+          !is_same_order(values[value].sizes)) {
         free.push_back(value);
       }
     }
-    choose_formats(free);
+    choose_formats(free, formats);
   }
 
   void apply(const std::vector<Format>& formats) {
@@ -149,8 +168,8 @@ class Plan {
     }
   }
 
-  void choose_formats(const std::vector<size_t>& free) {
-    std::vector<Format> formats(values.size(), Format::contiguous);
+  // free: the groups whose format is chosen here; formats: that of each group, of which those of the others stay.
+  void choose_formats(const std::vector<size_t>& free, std::vector<Format> formats) {
     if (free.empty()) return apply(formats);
     std::vector<std::vector<size_t>> touching(values.size());  // the steps that depend on a group's format
     for (size_t i = 0; i < sites.size(); ++i) {

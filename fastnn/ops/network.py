@@ -149,5 +149,5 @@ def _(inputs: list[Tensor], parameters: list[Tensor], program: str) -> list[Tens
 
 
 @raw_operator("pack_network")
-def _(weights: Tensor, program: str, sizes: list[int]) -> Tensor:
+def _(weights: Tensor, program: str, sizes: list[int], channels_last: Sequence[int] = ()) -> Tensor:
     return weights.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

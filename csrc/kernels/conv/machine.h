@@ -35,10 +35,10 @@ constexpr double kCopy = 3;                // a vector of the input: load and st
 constexpr double kTranspose = 6;           // the same transposed, with its share of a square's shuffles
 constexpr double kWinogradMove = 3;        // a position's vector of inputs or outputs: a load, some additions, a store
 constexpr double kReadWeight = 4;          // a vector of a weight that comes from L3
-constexpr double kWinogradPack = 2;        // factor of kPackWeight, since the weight is transformed first
 constexpr double kPhasesIn = 4;            // a transformed vector of the input: a load, a store, its share of additions
 constexpr double kDepthwiseProduct = 1.2;  // a multiply-add with a load that it waits for
-constexpr double kPackWeight = 6;          // a vector of the weight, transposed
+constexpr double kPackWeight = 16;         // a vector of the weight, which comes from far away, transposed
+constexpr double kTransformPack = 3;       // factor of kPackWeight where the weight is transformed, too
 constexpr double kMatrixProduct = 16;  // of a matrix unit: cycles on Sapphire Rapids, in halves of which vectors start
 constexpr double kInFlight = 8;        // sums that keep the multipliers busy: latency 4 cycles, two start per cycle
 

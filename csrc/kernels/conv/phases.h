@@ -29,47 +29,61 @@ void part_row(const T* row, Inside columns, int64_t places, int64_t run, C* to) 
   });
 }
 
+// Transforms `rows` rows of the kernel, of `width` output channels, into each position of the packed weight. The first
+// goes to `to` in position 0, each next `to_step` elements on; positions are `position_step` apart.
+template <class C>
+void pack_rows(const PhasesPlan& plan, int64_t stride, int64_t rows, const C* columns, int64_t row_step,
+               int64_t column_step, int64_t width, C* to, int64_t to_step, int64_t position_step) {
+  for (int64_t p = 0; p < plan.pieces; ++p) {
+    const KernelPiece& piece = plan.piece[p];
+    with_constant<kMostTaps>(static_cast<int>(piece.taps), [&](auto taps_constant) {
+      constexpr int count = decltype(taps_constant)::value;
+      for (int64_t row = 0; row < rows; ++row) {
+        const C* const from = columns + row * row_step + piece.first * column_step;
+        for (int64_t o = 0; o < width; o += kLanes<C>) {
+          Vec<C> column[count], point[count + 1];
+          for (int i = 0; i < count; ++i) column[i] = load(from + i * stride * column_step + o);
+          transform_weight(column, point);
+          for (int i = 0; i <= count; ++i) store(to + row * to_step + piece.position[i] * position_step + o, point[i]);
+        }
+      }
+    });
+  }
+}
+
 template <class T>
 void pack_phases(const ConvCall<T>& call, int64_t first_item, int64_t last_item) {
   using C = Compute<T>;
   const ConvPoolGeometry& g = call.geometry;
   const PhasesPlan& plan = call.plan->phases;
   const int64_t blocks = blocks_of<C>(g), depth = plan.direct.depth;
-  constexpr int64_t most = kMostPieces * kMostTaps;
-  alignas(64) C row[most * kBlockVectors * kLanes<C>] = {};
+  constexpr int64_t most = kMostPieces * kMostTaps, some = 5 * most;  // columns of a row, and those of some rows
+  alignas(64) C columns[some * kBlockVectors * kLanes<C>] = {};
+  const bool last = weight_is_channels_last(call);
+  // Rows of the kernel that lie side by side are moved together: the rows of all channels, or one row of some channels.
+  const int64_t rows = g.kernel[0] * g.kernel[1], side_by_side = last ? g.in_channels : depth;
+  const int64_t together = smaller(some / g.kernel[2], side_by_side);
   for (int64_t item = first_item; item < last_item; ++item) {
     const Block block = block_of<C>(g, item % blocks);
     const int64_t width = block.vectors * kLanes<C>;
     C* const to = call.packed + lanes_before<C>(g, item / blocks, block) * depth * plan.positions;
     const T* const from = call.weight + (item / blocks * g.out_channels + block.first) * call.weight_layout.n;
-    const bool last = weight_is_channels_last(call);
-    const int64_t column_step = last ? g.in_channels : 1;
-    int64_t k = 0;
-    for (int64_t c = 0; c < g.in_channels; ++c) {
-      for (int64_t r = 0; r < g.kernel[0] * g.kernel[1]; ++r, ++k) {
-        const T* taps =
-            from + (last ? r * g.kernel[2] * g.in_channels + c : (c * g.kernel[0] * g.kernel[1] + r) * g.kernel[2]);
-        if (column_step == 1) {
-          transpose_matrix(taps, call.weight_layout.n, block.count, g.kernel[2], row, width);
-        } else {
+    const int64_t row_step = last ? width : g.kernel[2] * width, column_step = last ? together * width : width;
+    for (int64_t r = 0; r < (last ? rows : 1); ++r) {
+      for (int64_t first = 0, count; first < side_by_side; first += count) {
+        count = smaller(together, side_by_side - first);
+        if (last) {
           for (int64_t w = 0; w < g.kernel[2]; ++w) {
-            for (int64_t o = 0; o < block.count; ++o) {
-              row[w * width + o] = to_compute(taps[w * column_step + o * call.weight_layout.n]);
-            }
+            transpose_matrix(from + (r * g.kernel[2] + w) * g.in_channels + first, call.weight_layout.n, block.count,
+                             count, columns + w * column_step, width);
           }
+        } else {
+          transpose_matrix(from + first * g.kernel[2], call.weight_layout.n, block.count, count * g.kernel[2], columns,
+                           width);
         }
-        for (int64_t p = 0; p < plan.pieces; ++p) {
-          const KernelPiece& piece = plan.piece[p];
-          with_constant<kMostTaps>(static_cast<int>(piece.taps), [&](auto taps_constant) {
-            constexpr int count = decltype(taps_constant)::value;
-            for (int64_t o = 0; o < width; o += kLanes<C>) {
-              Vec<C> column[count], point[count + 1];
-              for (int i = 0; i < count; ++i) column[i] = load(row + (piece.first + i * g.stride[2]) * width + o);
-              transform_weight(column, point);
-              for (int i = 0; i <= count; ++i) store(to + (piece.position[i] * depth + k) * width + o, point[i]);
-            }
-          });
-        }
+        const int64_t k = last ? first * rows + r : first, step = last ? rows : 1;
+        pack_rows(plan, g.stride[2], count, columns, row_step, column_step, width, to + k * width, step * width,
+                  depth * width);
       }
     }
   }

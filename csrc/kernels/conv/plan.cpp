@@ -225,8 +225,10 @@ double copy_cost(const Planner& p) {
   const double channels = static_cast<double>(p.g.in_channels) / p.lanes;
   return tuned::kCopy * p.inputs_met(2) * (p.request.input_channels_last ? std::ceil(channels) : channels);
 }
-double packing_cost(const Planner& p, double positions) {
-  return tuned::kPackWeight * positions * divide_up(p.g.out_channels, p.lanes);
+// factor: how much longer a vector takes than one that is only transposed.
+double packing_cost(const Planner& p, double depth, double factor = 1) {
+  if (p.request.is_packed) return 0;
+  return factor * tuned::kPackWeight * depth * divide_up(p.g.out_channels, p.lanes);
 }
 
 // ---- direct -------------------------------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ ConvPlan plan_phases(const Planner& p) {
   const double input_rows = static_cast<double>(d.band.input[0] * d.band.input[1]) / (d.band.conv[0] * d.band.conv[1]);
   const double transform = input_rows * row_vectors * (part + tuned::kPhasesIn * f.positions);
   plan.cost = g.groups * (times_computed(g, d.band) * rows * (sums + transform) + channel_rest(p) +
-                          packing_cost(p, d.depth * f.positions));
+                          packing_cost(p, static_cast<double>(g.depth()), tuned::kTransformPack));
   return plan;
 }
 
@@ -502,7 +504,7 @@ ConvPlan plan_winograd(const Planner& p) {
       g.groups * (all * (conv_slices * (sums * g.in_channels * g.kernel[0] +
                                         positions * vectors * (tuned::kStoreSum + tuned::kWinogradMove)) +
                          in_slices * (positions * tuned::kWinogradMove + tile * tile * tuned::kTranspose) * in) +
-                  channel_rest(p) + tuned::kWinogradPack * packing_cost(p, g.in_channels * g.kernel[0] * positions));
+                  channel_rest(p) + packing_cost(p, static_cast<double>(g.depth()), tuned::kTransformPack));
   return plan;
 }
 

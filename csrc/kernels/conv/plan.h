@@ -196,6 +196,7 @@ struct PlanRequest {
   int64_t element_bytes;  // of the input: 8 float64, 4 float32, 2 bfloat16
   bool input_channels_last, output_channels_last;
   bool exact;         // elements may not be moderate, so no transforms
+  bool is_packed;     // the weight is packed ahead of the call
   int32_t algorithm;  // the algorithm to take, or -1 to choose one
 };
 

@@ -28,6 +28,7 @@ class ConvLayer : public Layer<T> {
     if (weight.sizes.size() < 3 || weight.sizes.size() > 5) line.refuse("expected a weight of 3 to 5 dimensions");
     weight_ = weight.data;
     weight_sizes_ = weight.sizes;
+    is_packed_ = weights.are_packed;
     bias_ = weights.of(line, "bias", Ints{weight.sizes[0]});
     const size_t dims = weight_sizes_.size() - 2;
     const auto numbers = [&](const char* name, int64_t least) { return line.integers(name, least, kMostSize, dims); };
@@ -71,6 +72,7 @@ class ConvLayer : public Layer<T> {
     const ConvPoolProblem problem = this->problem(site.sizes(0));
     const ConvPoolGeometry& g = problem.geometry;
     PlanKey key = plan_key<T>(kernels, g, site.inputs[0].channels_last(), site.outputs[0].channels_last(), -1);
+    key.request.is_packed = is_packed_;
     auto prepared = std::make_shared<Prepared>(Prepared{problem, key, {}, false, 0});
     if (is_product(site, g)) {
       prepared->as_product = true;
@@ -183,6 +185,7 @@ class ConvLayer : public Layer<T> {
   }
 
   const T* weight_;
+  bool is_packed_;
   const T* bias_;
   Ints weight_sizes_, geometry_;
   ConvEnds ends_;

@@ -300,30 +300,31 @@ bool stock_pays(const Planner& p);
 bool winograd_pays(const Planner& p) {
   const ConvPoolGeometry& g = p.g;
   const WinogradBackwardPlan w = plan_winograd(p).winograd;
-  const PlanRequest request{1,
-                            p.request.element_bytes,
-                            p.request.input_channels_last,
-                            p.request.input_channels_last,
-                            false,
-                            static_cast<int32_t>(ForwardAlgorithm::winograd)};
+  PlanRequest request{};
+  request.threads = 1;
+  request.element_bytes = p.request.element_bytes;
+  request.input_channels_last = request.output_channels_last = p.request.input_channels_last;
+  request.is_packed = true;  // the weight is counted below
+  request.algorithm = static_cast<int32_t>(ForwardAlgorithm::winograd);
   const ConvPlan input = plan_forward(turned_around(g), request, p.machine);
   if (input.packed_size * p.compute_bytes > tuned::kMostPackedBytes) return false;
   const double in = real(divide_up(g.in_channels, p.lanes)), out = real(divide_up(g.out_channels, p.lanes));
   const double products = real(kWinogradPositions * g.in_channels) * out;
   const double parts = real(divide_up(w.tiles, w.part));
   const double move = kWinogradPositions * tuned::kWinogradGradientMove + 4 * tuned::kTranspose;
-  const double weight = real(w.tiles) * (products + move * (in + out)) +
-                        products * (parts * tuned::kStoreSum + tuned::kWinogradPack * tuned::kPackWeight);
+  const double weight = real(w.tiles) * (products + move * (in + out)) + products * parts * tuned::kStoreSum;
+  // The weight is packed for the input's gradient, and its own gradient is brought back from what was summed.
+  const double packed = real(g.depth()) * out * tuned::kTransformPack * tuned::kPackWeight;
   // In both: what is transformed leaves L1 and is read again, and the gradient of four pixels is masked.
   const double masked = p.request.dense ? 0 : 4 * out;
   const double both = 2 * real(w.tiles) * tuned::kCopy * (kWinogradPositions * (in + out) + masked);
   const double direct = real(p.conv * g.taps()) * (real(g.in_channels) * out + real(g.out_channels) * in);
-  const double own = real(g.groups) * (weight + both) + input.cost;
+  const double own = real(g.groups) * (weight + packed + both) + input.cost;
   if (!p.request.dense) {
     return own < real(g.batch) * (stock_pays(p) ? real(g.groups) * direct : winners_cost(p, false));
   }
   // Torch, too, brings the weight into the order of its products, writes sums, and brings these back.
-  const double moved = real(g.taps() * g.in_channels) * out * (2 * tuned::kPackWeight + tuned::kStoreSum);
+  const double moved = real(g.taps() * g.in_channels) * out * (tuned::kPackWeight + tuned::kStoreSum);
   return own < real(g.groups) * (real(g.batch) * direct + moved);
 }
 
