@@ -294,10 +294,14 @@ class TestSpecialValues:
                     changed[place] = special
                     ours = RAW(changed, weight, bias, flat(arguments), algorithm)
                     assert_each_close(ours, [changed, weight, bias], arguments)
+                # Whether a sum has the product of padding and an infinite weight, which is NaN, depends on the kernel, as
+                # it does in torch. With so little padding, the middle of the kernel meets none.
                 changed = weight.clone()
-                changed[(1, 0, *(size // 2 for size in weight.shape[2:]))] = special  # which meets no padding
-                ours = RAW(input, changed, bias, flat(arguments), algorithm)
-                assert_each_close(ours, [input, changed, bias], arguments)
+                changed[(1, 0, *(size // 2 for size in weight.shape[2:]))] = special
+                paddings = [min(have, size // 2) for have, size in zip(arguments[1], weight.shape[2:], strict=True)]
+                others = (arguments[0], paddings, *arguments[2:])
+                ours = RAW(input, changed, bias, flat(others), algorithm)
+                assert_each_close(ours, [input, changed, bias], others)
 
     @pytest.mark.parametrize("large", [1e4, -1e6, 1e9])
     def test_large_numbers_do_not_reach_far(self, large: float) -> None:

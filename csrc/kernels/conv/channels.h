@@ -103,6 +103,14 @@ class ChannelPool {
   }
   const Ring<C>& ring() const { return ring_; }
 
+  // Begins the sums of a row segment with the bias.
+  void start_row(int64_t z, int64_t y, const Segment& segment) const {
+    C* to = row(z, y, segment);
+    for (int64_t i = segment.inside.first; i < segment.inside.last; ++i, to += width_) {
+      for (int64_t o = 0; o < width_; o += kLanes<C>) store(to + o, load(bias_ + o));
+    }
+  }
+
   // Calls make(z, y) for each conv row under the band's windows, and marks the row as made. The ring must have room for
   // all of these rows.
   template <class Make>

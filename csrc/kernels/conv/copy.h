@@ -102,7 +102,15 @@ void copy_band(const ConvCall<T>& call, const DirectPlan& plan, const Band& band
   if (plan.channels_last && layout.d[2] == 1) {  // the input is contiguous and is transposed
     for_each_row([&](bool inside, const T* row, E* to) {
       copy_row(inside, columns, extent[2], plan.step[2], to, [&](E* at, int64_t first, int64_t count) {
-        if constexpr (__is_same(E, T)) transpose_matrix(row + first, layout.c, g.in_channels, count, at, plan.step[2]);
+        if constexpr (pairs) {
+#if defined(FASTNN_HAS_PAIRS)
+          for (int64_t x = 0; x < count; ++x) at[x * plan.step[2] + plan.channels - 1] = {};
+          bfloat16* const numbers = reinterpret_cast<bfloat16*>(at);
+          transpose_matrix(row + first, layout.c, g.in_channels, count, numbers, 2 * plan.step[2]);
+#endif
+        } else {
+          transpose_matrix(row + first, layout.c, g.in_channels, count, at, plan.step[2]);
+        }
       });
     });
     return;

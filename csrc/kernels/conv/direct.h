@@ -6,7 +6,8 @@
 // a ring in L1, from which windows are pooled. Each conv pixel is computed once, even where windows overlap.
 //
 // It costs depth / lanes multiply-adds per output channel and conv pixel, at 0.9 of the multipliers' peak, and a load
-// and a store for each element of the input (a band of few rows copies some of them twice).
+// and a store for each element of the input (a band of few rows copies some of them twice). Deep kernels skip the
+// products with padding.
 #pragma once
 
 #include "matrix.h"
@@ -15,12 +16,19 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-// Lists for each product k, in the weight's own order, the offset in the copy of what it multiplies, relative to the
+// Whether the channels under a position of the kernel lie side by side in the packed weight. Else its order is the
+// weight's own.
+template <class T>
+FASTNN_INLINE bool packs_channels_together(const ConvCall<T>& call) {
+  return call.plan->direct.whole_band || weight_is_channels_last(call);
+}
+
+// Lists for each product k, in the packed weight's order, the offset in the copy of what it multiplies, relative to the
 // first product. An element of the copy counts as `numbers`.
 template <class T>
 void list_offsets(const ConvCall<T>& call, const DirectPlan& plan, int64_t numbers, int64_t* offsets) {
   const ConvPoolGeometry& g = call.geometry;
-  for_each_tap(g, plan.channels, weight_is_channels_last(call),
+  for_each_tap(g, plan.channels, packs_channels_together(call),
                [&](int64_t k, int64_t c, int64_t d, int64_t h, int64_t w) {
                  offsets[k] = numbers * (c * plan.channel_step + d * g.dilation[0] * plan.step[0] +
                                          h * g.dilation[1] * plan.step[1] + w * g.dilation[2] * plan.step[2]);
@@ -32,10 +40,10 @@ template <class T>
 FASTNN_INLINE int64_t pair_source(const ConvCall<T>& call, int64_t n) {
   const ConvPoolGeometry& g = call.geometry;
   const int64_t k = n / 2, pairs = divide_up(g.in_channels, 2), taps = g.taps();
-  const bool last = weight_is_channels_last(call);
-  const int64_t channel = 2 * (last ? k % pairs : k / taps) + n % 2, tap = last ? k / pairs : k % taps;
+  const bool together = packs_channels_together(call);
+  const int64_t channel = 2 * (together ? k % pairs : k / taps) + n % 2, tap = together ? k / pairs : k % taps;
   if (channel >= g.in_channels) return -1;
-  return last ? tap * g.in_channels + channel : channel * taps + tap;
+  return weight_is_channels_last(call) ? tap * g.in_channels + channel : channel * taps + tap;
 }
 
 // The same for a weight that is packed by runs: block by block, the last block of each run filled up with zeros.
@@ -80,7 +88,12 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
     const int64_t output = item / blocks * g.out_channels + block.first, width = block.vectors * kLanes<C>;
     const int64_t before = lanes_before<C>(g, item / blocks, block);
     if constexpr (__is_same(E, C)) {
-      pack_outputs(call, output, block.count, call.packed + before * plan.depth, width);
+      C* const to = call.packed + before * plan.depth;
+      if (packs_channels_together(call) && !weight_is_channels_last(call)) {
+        pack_channels_together(call, output, block.count, to, width);
+      } else {
+        pack_outputs(call, output, block.count, to, width);
+      }
 #if defined(FASTNN_HAS_PAIRS)
     } else if (plan.elements == Elements::pairs) {
       pack_pairs(
@@ -92,6 +105,36 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
           call, output, block.count, pairs, [&](int64_t n) { return run_source(call, n); },
           reinterpret_cast<bfloat16x2*>(call.packed) + before * pairs, width);
 #endif
+    }
+  }
+}
+
+// A part of the depth, products [first_k, last_k), and the conv pixels for which it does not lie in padding alone.
+struct KernelPart {
+  int64_t first_k, last_k;
+  Inside slices, rows, columns;
+};
+
+// Of conv pixels, those among `inside`, which count from the pixel `first`.
+FASTNN_INLINE Inside overlap_of(Inside pixels, Inside inside, int64_t first) {
+  return {larger(pixels.first - first, inside.first), smaller(pixels.last - first, inside.last)};
+}
+
+// Calls body(part) for parts of the depth of at most kLongestSum products, in the packed weight's order.
+template <class Body>
+void for_each_part(const ConvPoolGeometry& g, int64_t channels, const Body& body) {
+  const int64_t cuts = divide_up(channels, kLongestSum), together = cuts > 1 ? 1 : kLongestSum / channels;
+  int64_t k = 0;
+  for (int64_t z = 0; z < g.kernel[0]; ++z) {
+    for (int64_t y = 0; y < g.kernel[1]; ++y) {
+      for (int64_t x = 0; x < g.kernel[2]; x += together) {
+        const int64_t last = smaller(x + together, g.kernel[2]), depth = (last - x) * channels;
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+          body(KernelPart{k + depth * cut / cuts, k + depth * (cut + 1) / cuts, g.pixels_under(0, z, z + 1),
+                          g.pixels_under(1, y, y + 1), g.pixels_under(2, x, last)});
+        }
+        k += depth;
+      }
     }
   }
 }
@@ -126,32 +169,40 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       const Block block = block_of<C>(g, b);
       const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
       // `pool` calls this for each conv row that its windows need.
-      const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, int64_t first_k, int64_t last_k) {
+      // Columns `inside`, which count from the segment's first, get the products [first_k, last_k).
+      const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, Inside inside, int64_t first_k,
+                               int64_t last_k, const C* bias) {
         const In* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
-                           (y - band.conv[1]) * g.stride[1] * plan.step[1] +
-                           (segment.conv + segment.inside.first) * step;
-        const int64_t count = segment.inside.last - segment.inside.first;
-        if (count == 0) return;
-        C* to = pool.row(z, y, segment);
+                           (y - band.conv[1]) * g.stride[1] * plan.step[1] + (segment.conv + inside.first) * step;
+        const int64_t count = inside.last - inside.first;
+        if (count <= 0) return;
+        C* to = pool.row(z, y, segment) + (inside.first - segment.inside.first) * block.vectors * kLanes<C>;
         if constexpr (by_matrix) {
 #if defined(FASTNN_HAS_MATRIX)
           const MatrixUnit unit(matrix_pixels(count), plan.runs.numbers);
           sum_pixels_by_matrix(plan, block.vectors, pixels, step, count, offsets,
-                               reinterpret_cast<const bfloat16x2*>(weight), pool.bias(), to);
+                               reinterpret_cast<const bfloat16x2*>(weight), bias, to);
 #endif
         } else {
           sum_pixels<E>(block.vectors, reinterpret_cast<const Number<E>*>(pixels), numbers * step, count, offsets, runs,
-                        first_k, last_k, reinterpret_cast<const E*>(weight), pool.bias(), to);
+                        first_k, last_k, reinterpret_cast<const E*>(weight), bias, to);
         }
       };
       const auto sum_whole_band = [&](const Segment& segment) {
-        for (int64_t k = 0; plan.whole_band && k < plan.depth; k += kLongestSum) {
-          pool.for_each_row(
-              band, [&](int64_t z, int64_t y) { sum_row(z, y, segment, k, smaller(k + kLongestSum, plan.depth)); });
-        }
+        if (!plan.whole_band) return;
+        pool.for_each_row(band, [&](int64_t z, int64_t y) { pool.start_row(z, y, segment); });
+        for_each_part(g, plan.channels, [&](const KernelPart& part) {
+          const Inside inside = overlap_of(part.columns, segment.inside, band.conv[2] + segment.conv);
+          pool.for_each_row(band, [&](int64_t z, int64_t y) {
+            if (part.slices.first <= z && z < part.slices.last && part.rows.first <= y && y < part.rows.last) {
+              sum_row(z, y, segment, inside, part.first_k, part.last_k, nullptr);
+            }
+          });
+        });
       };
-      pool.run(band, band.image, block, sum_whole_band,
-               [&](int64_t z, int64_t y, const Segment& segment) { sum_row(z, y, segment, 0, plan.depth); });
+      pool.run(band, band.image, block, sum_whole_band, [&](int64_t z, int64_t y, const Segment& segment) {
+        sum_row(z, y, segment, segment.inside, 0, plan.depth, pool.bias());
+      });
     }
   }
 }

@@ -10,6 +10,11 @@ constexpr uint8_t kDead = 255;
 // The most elements of a window, so that an argmax fits into a byte.
 constexpr int64_t kMostPlaces = 254;
 
+// The places [first, last) along a dimension; none if `last` is not above `first`.
+struct Inside {
+  int64_t first, last;
+};
+
 // Dimensions are depth, height, width; a problem of fewer has ones in front.
 struct ConvPoolGeometry {
   int64_t batch, groups;
@@ -54,6 +59,12 @@ struct ConvPoolGeometry {
     return false;
   }
   bool meets_all(int d) const { return stride[d] == 1 || (dilation[d] == 1 && kernel[d] >= stride[d]); }
+  // The conv pixels for which one of the kernel's positions [first, last) lies inside the input. Some of them may be
+  // beyond `conv`.
+  Inside pixels_under(int d, int64_t first, int64_t last) const {
+    const int64_t before = padding[d] - (last - 1) * dilation[d], room = input[d] + padding[d] - first * dilation[d];
+    return {before > 0 ? (before + stride[d] - 1) / stride[d] : 0, room > 0 ? (room + stride[d] - 1) / stride[d] : 0};
+  }
   // Whether each window is a conv pixel of its own.
   bool pools_nothing() const {
     return places() == 1 && output[0] == conv[0] && output[1] == conv[1] && output[2] == conv[2];

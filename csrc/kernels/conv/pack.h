@@ -39,6 +39,30 @@ void pack_outputs(const ConvCall<T>& call, int64_t output, int64_t count, Comput
   transpose_matrix(call.weight + output * call.weight_layout.n, call.weight_layout.n, count, depth, to, width);
 }
 
+// The same of a weight in which the kernel's positions lie side by side. In the result, channels do.
+template <class T>
+void pack_channels_together(const ConvCall<T>& call, int64_t output, int64_t count, Compute<T>* to, int64_t width) {
+  using C = Compute<T>;
+  constexpr int64_t some = 128;  // products at a time
+  alignas(64) C rows[some * kBlockVectors * kLanes<C>] = {};
+  const ConvPoolGeometry& g = call.geometry;
+  const int64_t depth = g.depth(), taps = g.taps();
+  int64_t channel = 0, tap = 0;
+  for (int64_t first = 0; first < depth; first += some) {
+    const int64_t here = smaller(some, depth - first);
+    transpose_matrix(call.weight + output * call.weight_layout.n + first, call.weight_layout.n, count, here, rows,
+                     width);
+    for (int64_t i = 0; i < here; ++i) {
+      C* const row = to + (tap * g.in_channels + channel) * width;
+      for (int64_t o = 0; o < width; o += kLanes<C>) store(row + o, load(rows + i * width + o));
+      if (++tap == taps) {
+        tap = 0;
+        ++channel;
+      }
+    }
+  }
+}
+
 // The same in `pairs` pairs of numbers; numbers 2 i and 2 i + 1 are a pair. source(n) is the offset of number n in an
 // output's weight, or -1 for a zero.
 template <class T, class Source>

@@ -231,6 +231,20 @@ double packing_cost(const Planner& p, double depth, double factor = 1) {
   return factor * tuned::kPackWeight * depth * divide_up(p.g.out_channels, p.lanes);
 }
 
+// The share of the products of all conv pixels that are not with padding.
+double share_inside(const ConvPoolGeometry& g) {
+  double share = 1;
+  for (int d = 0; d < 3; ++d) {
+    int64_t inside = 0;
+    for (int64_t tap = 0; tap < g.kernel[d]; ++tap) {
+      const Inside pixels = g.pixels_under(d, tap, tap + 1);
+      inside += std::max<int64_t>(0, std::min(g.conv[d], pixels.last) - pixels.first);
+    }
+    share *= static_cast<double>(inside) / static_cast<double>(std::max<int64_t>(1, g.conv[d] * g.kernel[d]));
+  }
+  return share;
+}
+
 // ---- direct -------------------------------------------------------------------------------------------------------
 
 void set_copy(DirectPlan& plan, int64_t element) {
@@ -273,10 +287,12 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   DirectPlan& d = plan.direct;
   d.elements = elements;
   const bool by_runs = elements == Elements::row_pairs || elements == Elements::blocks;
-  d.channels_last = p.request.input_channels_last || (by_runs && g.in_channels > 1);
   d.channels = elements == Elements::pairs ? divide_up(g.in_channels, 2) : g.in_channels;
   const int64_t element = by_runs ? 2 : p.compute_bytes;
   d.depth = d.channels * g.taps();
+  // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
+  d.whole_band = !by_runs && d.depth > 2 * p.longest_sum;
+  d.channels_last = p.request.input_channels_last || (g.in_channels > 1 && (by_runs || d.whole_band));
   int64_t weight_pairs = d.depth;  // elements of an output's packed weight
   if (by_runs) {
     d.runs = runs_of(g, elements == Elements::blocks ? 32 : 2);
@@ -284,8 +300,6 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
     weight_pairs = d.depth * d.runs.numbers / 2;
     plan.needs_moderate = d.runs.blocks * d.runs.numbers > d.runs.run;
   }
-  // A block's weight would leave L1 between two tiles: of a part of it, all pixels of a larger band are summed.
-  d.whole_band = elements != Elements::blocks && d.depth > 2 * p.longest_sum;
   const int64_t waits = d.whole_band ? 0 : g.pool_extent(0) * g.pool_extent(1);
   d.band = choose_channel_band(p, waits, [&](const BandPlan& band) {
     const int64_t copy = band.input[0] * band.input[1] * band.input[2] * d.channels * element;
@@ -311,12 +325,13 @@ ConvPlan plan_direct_of(const Planner& p, Elements elements) {
   const double rows = p.conv_pixels() / g.conv[2];
   double sums = channel_tiles(p, g.conv[2], g.out_channels) * d.depth;
   double copy = copy_cost(p);
+  if (d.whole_band) sums *= share_inside(g);
   if (elements == Elements::blocks) {
     // A multiplication of a tile takes as long as 16 of vectors.
     sums = d.depth * static_cast<double>(divide_up(g.conv[2], 16) * divide_up(g.out_channels, p.lanes)) *
            tuned::kMatrixProduct;
   }
-  if (by_runs && g.in_channels > 1 && !p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
+  if (d.channels_last && !p.request.input_channels_last) copy *= tuned::kTranspose / tuned::kCopy;
   plan.cost = g.groups * (times_computed(g, d.band) * rows * sums + channel_rest(p) + copy +
                           packing_cost(p, static_cast<double>(weight_pairs)));
   return plan;

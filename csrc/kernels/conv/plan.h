@@ -98,8 +98,10 @@ struct DirectPlan {
   int64_t channel_step, step[3];  // of the copy, in its elements
   int64_t copy_size;              // its elements
   int64_t depth;                  // products that are summed for an output
-  bool whole_band;                // all of a band's conv pixels are summed, a part of the depth at a time, then pooled
-  int64_t block_parts;            // the items that share a band's blocks of output channels
+  // Whether all of a band's conv pixels are summed, a part of the depth at a time, then pooled. Channels then lie side
+  // by side in the weight, and a part has some channels under one position of the kernel, or all under some.
+  bool whole_band;
+  int64_t block_parts;  // the items that share a band's blocks of output channels
 };
 
 constexpr int kMostTaps = 4, kMostPoints = kMostTaps + 1;  // of a piece of a kernel's row

@@ -102,10 +102,7 @@ void pool_windows(const Windows<C>& w, C* to, uint8_t* winners) {
           : pool_windows<C, false, 1, 2, 3, 4, 9>(w, to, nullptr);
 }
 
-// The positions of a window that lie on the convolution's output, along one dimension: [first, last).
-struct Inside {
-  int64_t first, last;
-};
+// The positions of a window that lie on the convolution's output, along one dimension.
 FASTNN_INLINE Inside places_inside(const ConvPoolGeometry& g, int d, int64_t pooled) {
   const int64_t start = pooled * g.pool_stride[d] - g.pool_padding[d], step = g.pool_dilation[d];
   const int64_t first = start < 0 ? divide_up(-start, step) : 0, room = g.conv[d] - start;
