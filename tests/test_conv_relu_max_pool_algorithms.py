@@ -294,8 +294,8 @@ class TestSpecialValues:
                     changed[place] = special
                     ours = RAW(changed, weight, bias, flat(arguments), algorithm)
                     assert_each_close(ours, [changed, weight, bias], arguments)
-                # Whether a sum has the product of padding and an infinite weight, which is NaN, depends on the kernel, as
-                # it does in torch. With so little padding, the middle of the kernel meets none.
+                # Whether a sum has the product of padding and an infinite weight, which is NaN, depends on the kernel,
+                # as it does in torch. With so little padding, the middle of the kernel meets none.
                 changed = weight.clone()
                 changed[(1, 0, *(size // 2 for size in weight.shape[2:]))] = special
                 paddings = [min(have, size // 2) for have, size in zip(arguments[1], weight.shape[2:], strict=True)]
