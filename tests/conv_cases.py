@@ -202,6 +202,14 @@ CASES = {
     "deep_band": case((1, 300, 24, 90), 5, (1, 1), **OVERLAPPING),
     "deep_3x3": case((1, 130, 14, 15), 34, (3, 3), padding=1),
     "deep_strided": case((1, 41, 21, 20), 40, (5, 5), stride=2, padding=2, pool=3, pool_stride=1),
+    # Positions of the kernel of which many, or all, lie in padding.
+    "deep_atrous": case((2, 70, 9, 7), 36, (3, 3), dilation=(4, 6), padding=(4, 6)),
+    "deep_all_padding": case((2, 130, 3, 4), 17, (3, 3), dilation=5, padding=5, pool=1),
+    "deep_atrous_strided": case(
+        (1, 150, 12, 17), 40, (4, 5), stride=(3, 2), dilation=(2, 3), padding=(5, 7), groups=2, pool=3, pool_stride=2
+    ),
+    "deep_padded_3d": case((1, 33, 3, 4, 5), 18, (3, 3, 3), padding=2, stride=(1, 2, 1), pool=2, ceil_mode=True),
+    "deep_signal": case((3, 90, 11), 35, (5,), dilation=3, padding=8, pool=2),
     "deep_in_runs": case((2, 100, 5, 26), 20, (2, 2), dilation=(1, 2)),  # which parts of the sums cut
     "channels_2048_bytes_apart": case((1, 512, 4, 18), 8, (2, 2)),
     # Several bands of rows and of columns; several blocks of outputs; more images than lanes.

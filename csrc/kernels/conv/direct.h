@@ -113,6 +113,11 @@ void pack_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item)
 struct KernelPart {
   int64_t first_k, last_k;
   Inside slices, rows, columns;
+
+  bool has_all(const ConvPoolGeometry& g) const {
+    return slices.first == 0 && slices.last >= g.conv[0] && rows.first == 0 && rows.last >= g.conv[1] &&
+           columns.first == 0 && columns.last >= g.conv[2];
+  }
 };
 
 // Of conv pixels, those among `inside`, which count from the pixel `first`.
@@ -190,12 +195,16 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       };
       const auto sum_whole_band = [&](const Segment& segment) {
         if (!plan.whole_band) return;
-        pool.for_each_row(band, [&](int64_t z, int64_t y) { pool.start_row(z, y, segment); });
         for_each_part(g, plan.channels, [&](const KernelPart& part) {
+          // The first part begins the sums, if it has all of them.
+          const C* const bias = part.first_k == 0 && part.has_all(g) ? pool.bias() : nullptr;
+          if (part.first_k == 0 && !bias) {
+            pool.for_each_row(band, [&](int64_t z, int64_t y) { pool.start_row(z, y, segment); });
+          }
           const Inside inside = overlap_of(part.columns, segment.inside, band.conv[2] + segment.conv);
           pool.for_each_row(band, [&](int64_t z, int64_t y) {
             if (part.slices.first <= z && z < part.slices.last && part.rows.first <= y && y < part.rows.last) {
-              sum_row(z, y, segment, inside, part.first_k, part.last_k, nullptr);
+              sum_row(z, y, segment, inside, part.first_k, part.last_k, bias);
             }
           });
         });
