@@ -107,8 +107,8 @@ def statically_known_true(value: Any) -> bool:
 def remember_builtins() -> None:
     """Makes torch.compile list Python's builtins now, for callers who replace one of the builtins for a while.
     torch.compile knows a builtin by its identity, and makes the list at its first use. If the list were made while
-    ``len`` is replaced, every later compilation would stop at Python's own ``len``; so it may be where torch has no
-    such function. (The module is imported here, since importing it takes a second.)"""
+    ``len`` is replaced, every later compilation would stop at Python's own ``len``. Where torch has no
+    ``is_builtin_callable``, that can still happen. (The module is imported here, since importing it takes a second.)"""
     module = import_module("torch._dynamo.trace_rules")
     getattr(module, "is_builtin_callable", bool)(len)
 

@@ -38,7 +38,7 @@ from fastnn.training_ranks import FlatGradients, Ranks
 from fastnn.training_reading import OtherParametersError, Reading, ReadingWithLoss
 
 _SETTINGS = ("model", "loss", "optimizer", "max_norm", "keep_gradients", "_ranks")  # what a copy begins with
-_SECONDS_TOGETHER = 0.05  # an epoch makes as many steps in one call as take so long
+_SECONDS_TOGETHER = 0.05  # the seconds that one call of an epoch takes: as many steps as fit
 
 
 class TrainingStep:
@@ -109,7 +109,7 @@ class TrainingStep:
         self._why_for_sizes: dict[tuple[torch.Size, ...], str] = {}
         self._refused: dict[tuple[int, ...], int] = {}  # how often operators refused inputs of so many dimensions
         self._was_refused = False  # whether the two calls refused the last step
-        self._joined: ReadingWithLoss | None = None  # the last of them, whose trace may be used again
+        self._joined: ReadingWithLoss | None = None  # the last reading of both together; the next may use its trace
         self._apart: set[Form] = set()  # targets with which the model and the loss are no one network
         self._is_unread_copy = False
         weakref.finalize(self, load_extension().release_kept_memory).atexit = False
@@ -731,11 +731,11 @@ def training_step(
 
     Models allow it that consist of layers which a network has, in float32 and float64 on the CPU: convolutions,
     transposed ones too, batch, layer, group, instance and RMS norms, linear and recurrent layers and cells with states,
-    embeddings, activations, pools, dropouts, attention without a mask or with that of the past, arithmetic, products,
-    softmax, means, sums and maxima, constants, and what moves elements (views, slices, concatenations, repetitions,
-    pixel shuffles, enlarged images); with branches and skips, shared layers, several inputs and several results, of
-    which the loss is then the caller's own. A loss of the caller's own is part of the one call where it consists of
-    the same. State and learning rates stay in the optimizer, so that going back to
+    embeddings, activations, pools, dropouts, attention, with masks of padding and of later steps too, arithmetic,
+    products, softmax, means, sums and maxima, constants, and what moves elements (views, slices, concatenations,
+    repetitions, pixel shuffles, enlarged images); with branches and skips, shared layers, several inputs and several
+    results, of which the loss is then the caller's own. A loss of the caller's own is part of the one call where it
+    consists of the same. State and learning rates stay in the optimizer, so that going back to
     ``loss.backward(); optimizer.step()`` is possible at any step, as are schedulers and checkpoints. Where the loss
     raises, a step in one or two calls takes back what forward has changed: running statistics and torch's generator.
 
@@ -782,7 +782,7 @@ def _give_back(gradients: Iterable[tuple[Tensor, Tensor | None]]) -> None:
         parameter.grad = gradient
 
 
-_MOST_SIZES = 256  # of so many sizes of inputs is kept why a model is no network for them
+_MOST_SIZES = 256  # for at most so many sizes of inputs it is kept why a model is no network for them
 _MOST_REFUSALS = 3  # after so many refusals, inputs of so many dimensions go the ordinary way at once
 
 

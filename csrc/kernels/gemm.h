@@ -57,7 +57,7 @@ class LeftRows {
       if constexpr (kPointsAtRows) keep_in_register(row_[r]);
     }
   }
-  // Goes so many elements on.
+  // Moves on by `by` elements.
   FASTNN_INLINE void advance(int64_t by) {
     if constexpr (kPointsAtRows) {
       place_ += by;
@@ -65,7 +65,7 @@ class LeftRows {
       row_[0] += by;
     }
   }
-  // Row r's element so far behind the place.
+  // The element of row r that comes `behind` elements after the current place.
   FASTNN_INLINE T at(int r, int64_t behind = 0) const {
     return kPointsAtRows ? row_[r % kPointers][place_ + behind] : row_[0][r * step_ + behind];
   }

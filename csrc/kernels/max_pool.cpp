@@ -56,8 +56,8 @@ void pool_any_row(const MaxPoolSizes& s, const T* from, int64_t y, T* to, uint8_
   }
 }
 
-// Writes the largest pixel of each column under a row of windows, and of its position the number at the window's first
-// column, which is smaller the higher the pixel lies. Returns false where there may be a NaN.
+// Writes, for each column under a row of windows, the largest pixel, and the number of the window position that lies in
+// that pixel's row and in the window's first column. Returns false where a pixel may be NaN.
 template <class T>
 bool reduce_columns(const MaxPoolSizes& s, const T* from, int64_t y, T* best_of, T* number_of) {
   const Inside rows = places_inside(s, 0, y);

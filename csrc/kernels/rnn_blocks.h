@@ -48,7 +48,7 @@ struct Rows {
   using Element = T;
   const T* base;
   int64_t stride;
-  int64_t RnnStep::* start = nullptr;  // of what lies as the caller has it, where a step's first row does
+  int64_t RnnStep::* start = nullptr;  // where a step's first row is in the caller's layout; null: time first
 
   FASTNN_INLINE const T* at(const RnnStep& step, int64_t sequence) const {
     return start ? base + step.*start + sequence * stride : base + (step.row + sequence) * stride;

@@ -147,8 +147,9 @@ struct Operand {
 
 constexpr int64_t kShortRun = 64;  // elements; so few take less time to be copied than a call of a kernel does
 
-// The elements of an operand that a block takes, one behind the other: where they are, or in `block` (kBlock). step:
-// from a row to the next; within: from an element of a row to the next, 1, or 0 where a row is one element many times.
+// Returns a block's elements of an operand one behind the other: in their own memory if they lie so there, else copied
+// to `block` (kBlock elements). step: elements from a row to the next. within: elements from one element of a row to
+// the next, which is 1, or 0 where one element stands for the whole row.
 template <class T>
 const T* elements_of_block(const Operand<T>& operand, int64_t offset, int64_t step, int64_t within, int64_t rows,
                            int64_t length, T* block) {

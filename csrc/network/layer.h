@@ -125,7 +125,7 @@ template <class T>
 class Layer {
  public:
   std::vector<int64_t> inputs, outputs;  // numbers of values, without weights that the layer reads itself
-  size_t sizes_only = 0;                 // of so many inputs, the last ones, only the sizes are read
+  size_t sizes_only = 0;                 // how many of the last inputs are read only for their sizes
 
   virtual ~Layer() = default;
   // Sets the sizes of the site's outputs. Raises unless inputs of such sizes fit.

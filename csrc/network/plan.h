@@ -168,7 +168,8 @@ class Plan {
     }
   }
 
-  // free: the groups whose format is chosen here; formats: that of each group, of which those of the others stay.
+  // free: the groups whose formats are chosen here. formats: the format of each group; groups that are not in `free`
+  // keep theirs.
   void choose_formats(const std::vector<size_t>& free, std::vector<Format> formats) {
     if (free.empty()) return apply(formats);
     std::vector<std::vector<size_t>> touching(values.size());  // the steps that depend on a group's format

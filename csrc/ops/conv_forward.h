@@ -16,7 +16,7 @@ inline const ConvPlan& plan_of_direct(PlanKey key, bool exact) {
 
 // The plan of a call. `plan` is the plan that follows from the key alone. If large or infinite elements would spoil its
 // sums (needs_moderate), and the call has such elements, the result is the plan of direct convolution.
-// weight_is_moderate: whether that is known of the weight, which takes as long to find out as to read it.
+// weight_is_moderate: the weight is known to be moderate. Finding that out takes as long as reading the weight.
 template <class T>
 const ConvPlan& plan_of_call(const ConvKernels<T>& kernels, const ConvCall<T>& call, const PlanKey& key,
                              const ConvPlan& plan, bool weight_is_moderate = false) {

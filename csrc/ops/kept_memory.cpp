@@ -9,7 +9,8 @@
 #include <unistd.h>
 #endif
 
-// In torch from 2.11 on, while the extension is built for 2.10: there the linker leaves null.
+// torch has this function from 2.11 on. The declaration is weak, because the extension also runs beside torch 2.10,
+// where the address is null.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t rank, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,

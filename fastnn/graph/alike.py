@@ -40,7 +40,7 @@ _lock = threading.Lock()
 
 
 class _Place:
-    """Stands, in what is kept, for the object of this number of a module."""
+    """Takes the place of a module's own object in what is kept: the object with this number among the module's."""
 
     __slots__ = ("number",)
 
@@ -82,8 +82,8 @@ class Parts:
             self.key = self.structure, tuple(self._numbers)
 
     def _add(self, value: Any, numbers: list[Any]) -> None:
-        """Appends what tells the value from others: its type first, so that no two sequences run into each other.
-        numbers: to which of the lists numbers go."""
+        """Appends the type of a value and what else tells it from other values. The type comes first, so that different
+        values never give the same sequence. numbers: the list to which numbers are appended."""
         structure, kind = self._structure, type(value)
         structure.append(kind)
         if kind in _PLAIN:

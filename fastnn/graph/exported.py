@@ -157,8 +157,8 @@ def _check_large_batches(
     """Refuses a model that does something else for batches that are larger than all other sizes. (The limits that a
     comparison with a number sets are known already.) The inputs for this take no memory, however large they are.
 
-    Two sizes in a row are tried, and the model is refused where both fail. Where one fails, the export has noted that a
-    size is no multiple of a number, which how torch views a tensor may depend on, and no result."""
+    Two sizes in a row are tried, and the model is refused where both fail. Where only one fails, the export has merely
+    noted that a size is no multiple of some number. How torch views a tensor may depend on that, but no result does."""
     guard = guard_of_sizes(exported)
     if guard is None:
         return

@@ -171,8 +171,8 @@ def _last_step(node: Node, layer: Any) -> list[Node] | None:
 def _batch_of_zeros(
     read: Reader, node: Any, before: Sequence[int], features: int
 ) -> tuple[list[Any], list[Value]] | None:
-    """Of a state that is made of zeros, which is what a layer begins with anyway: the size of its batch as a program
-    has it, in a list that is empty where there is no batch, and the values `like`. None for any other state.
+    """For a state of zeros, with which a layer begins anyway: the size of its batch as a program writes it, in a list
+    that is empty where there is no batch, and the values `like`. None for any other state.
 
     before: the sizes in front of the batch."""
     inputs, attributes = read.constants.get(node, ({}, {})) if isinstance(node, Node) else ({}, {})

@@ -74,7 +74,7 @@ _extension.set_tensor_classes(_TENSORS)
 
 
 class Held:
-    """Holds what cannot be a key of a dict, as a set, for an argument of a call that is noted."""
+    """Wraps an argument that cannot be hashed, such as a set, so that a call that is noted can be a key of a dict."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

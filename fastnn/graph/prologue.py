@@ -54,8 +54,8 @@ def _checked(given: Tensor, is_right: bool) -> Tensor:
     return given
 
 
-# How a tensor enters a network of some dtype, by the form's name. An operand that torch converts to the other one's
-# dtype; a mask as 1 and 0; and what an attention adds to its scores, where True is what is seen, or what is hidden.
+# The forms in which a tensor enters a network, by name: the numbers of an operand in the network's dtype; a mask as 1
+# and 0; or what an attention adds to its scores, made from a mask in which True means shown, or hidden.
 FORMS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "numbers": _numbers,
     "no booleans": _numbers_but_no_booleans,
@@ -67,8 +67,8 @@ FORMS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 
 
 def set_forms(tensors: list[Any], forms: Sequence[tuple[int, str]], dtype: torch.dtype | None) -> None:
-    """Replaces those tensors, at places, that enter a network of this dtype in a form. Raises RuntimeError where one of
-    them has no such form."""
+    """Replaces the tensor at each place of `forms` by its form for a network of this dtype. Raises RuntimeError where a
+    tensor has no such form."""
     for place, form in forms:
         if dtype is None or type(tensors[place]) is not Tensor:
             raise RuntimeError("a network does not take such tensors")

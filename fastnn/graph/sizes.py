@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fastnn._torch import HOOKS, pytree
 from fastnn.graph.guard import Guard, Held, is_constant
 
-# What tells of a tensor's sizes and of nothing else.
+# The methods and attributes that give a tensor's sizes and nothing else.
 SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement"})
 SIZE_ATTRIBUTES = frozenset({"shape", "ndim"})
 # Methods that change a tensor's own sizes.

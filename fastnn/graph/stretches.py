@@ -214,8 +214,9 @@ _PARAMETERS = frozenset({"weight", "bias", "mean", "variance", "weights"})
 
 
 class _Reading:
-    """What the nodes of a graph are. returned: nodes whose value the model returns. views: nodes that torch runs,
-    because what they give shares memory with other results of a stretch, or with what it takes."""
+    """Finds the nodes of a graph that are layers of a network, and divides them into stretches. returned: nodes whose
+    value the model returns. views: nodes that torch runs, because what they give shares memory with other results of a
+    stretch, or with what it takes."""
 
     def __init__(
         self,
@@ -239,7 +240,7 @@ class _Reading:
         self.output, self.returned, self.views = graph.output_node(), returned, views
         self.stretches: dict[int, _Stretch] = {}
         self.borders: dict[int, list[Node]] = {}
-        self.level_of: dict[Value, int] = {}  # of what lines give
+        self.level_of: dict[Value, int] = {}  # of each value that a line gives
 
     # ---- what each node is ------------------------------------------------------------------------------------------
 

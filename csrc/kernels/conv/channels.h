@@ -31,9 +31,9 @@ FASTNN_INLINE int64_t lanes_before(const ConvPoolGeometry& g, int64_t group, con
 
 // Sums `count` pixels, `step` apart, by tiles that are as equal as possible. The products [first_k, last_k) are added
 // in parts of `longest`, since long sums would round too much. The part from 0 on begins with the bias; the others
-// are added to what stands in `to`. next_weight: elements from this weight to the one that is multiplied next, which
-// the first tiles bring into L2, each a line of every row; 0 for none. Else few pixels would wait for a weight from far
-// away.
+// are added to what stands in `to`. next_weight: elements from this weight to the one that is multiplied next; 0 for
+// none. The first tiles bring the next weight into L2, each of them one cache line of every row, because a call of few
+// pixels would wait for a weight that comes from far away.
 template <class E, class C = Compute<E>>
 void sum_pixels(int vectors, const Number<E>* pixels, int64_t step, int64_t count, const int64_t* offsets, Runs runs,
                 int64_t first_k, int64_t last_k, const E* weight, const C* bias, C* to, int64_t longest = kLongestSum,

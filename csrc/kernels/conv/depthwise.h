@@ -37,8 +37,8 @@ struct DepthwiseRow {
   Vec<C> bias;
 };
 
-// Sums of `pixels` pixels, from pixel `first` on. A column of the input is loaded once for all those pixels that it is
-// under by one of `kernel` positions side by side. From a pixel to the next there are `stride` columns.
+// Sums of `pixels` neighbouring pixels from `first` on, which lie `stride` columns apart. Each column of the input is
+// loaded once, and multiplied for every pixel that reads it by one of `kernel` neighbouring kernel positions.
 template <int pixels, int kernel, int stride, class C>
 FASTNN_INLINE void depthwise_tile(const DepthwiseRow<C>& row, int64_t first, const DepthwiseSums<C>& result,
                                   int64_t lane) {

@@ -173,8 +173,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
     for (int64_t b = first; b < last; ++b) {
       const Block block = block_of<C>(g, b);
       const C* weight = call.packed + lanes_before<C>(g, band.group, block) * depth;
-      // `pool` calls this for each conv row that its windows need.
-      // Columns `inside`, which count from the segment's first, get the products [first_k, last_k).
+      // Adds the products [first_k, last_k) to the conv pixels `inside` of a row, which count from the segment's first.
       const auto sum_row = [&](int64_t z, int64_t y, const Segment& segment, Inside inside, int64_t first_k,
                                int64_t last_k, const C* bias) {
         const In* pixels = copy + (z - band.conv[0]) * g.stride[0] * plan.step[0] +
@@ -196,7 +195,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
       const auto sum_whole_band = [&](const Segment& segment) {
         if (!plan.whole_band) return;
         for_each_part(g, plan.channels, [&](const KernelPart& part) {
-          // The first part begins the sums, if it has all of them.
+          // The first part writes the sums, with the bias, if it reaches every conv pixel. Else rows begin as the bias.
           const C* const bias = part.first_k == 0 && part.has_all(g) ? pool.bias() : nullptr;
           if (part.first_k == 0 && !bias) {
             pool.for_each_row(band, [&](int64_t z, int64_t y) { pool.start_row(z, y, segment); });
@@ -209,6 +208,7 @@ void run_direct(const ConvCall<T>& call, int64_t first_item, int64_t last_item, 
           });
         });
       };
+      // `pool` asks for each conv row that its windows need.
       pool.run(band, band.image, block, sum_whole_band, [&](int64_t z, int64_t y, const Segment& segment) {
         sum_row(z, y, segment, segment.inside, 0, plan.depth, pool.bias());
       });

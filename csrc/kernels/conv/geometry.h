@@ -15,7 +15,7 @@ struct Inside {
   int64_t first, last;
 };
 
-// Dimensions are depth, height, width; a problem of fewer has ones in front.
+// Dimensions are depth, height, width. A problem of fewer dimensions gets dimensions of size 1 in front.
 struct ConvPoolGeometry {
   int64_t batch, groups;
   int64_t in_channels, out_channels;  // of one group
@@ -31,7 +31,7 @@ struct ConvPoolGeometry {
   int64_t depth() const { return in_channels * taps(); }
   // Whether there is one row, as signals have.
   bool is_signal() const { return input[0] == 1 && input[1] == 1 && kernel[0] == 1 && kernel[1] == 1; }
-  // Whether there are groups, of fewer channels than a vector has lanes.
+  // Whether there are several groups, each with fewer input and fewer output channels than a vector has lanes.
   bool has_narrow_groups(int64_t lanes) const { return groups > 1 && in_channels < lanes && out_channels < lanes; }
   // Conv pixels from a window's first to its last, along one dimension.
   int64_t pool_extent(int d) const { return (pool_kernel[d] - 1) * pool_dilation[d] + 1; }

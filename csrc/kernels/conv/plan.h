@@ -77,9 +77,9 @@ enum class Elements : int32_t {
   blocks,     // of bfloat16: blocks of runs, multiplied by a matrix unit
 };
 
-// A run is the numbers that lie side by side under a conv pixel: those of a row of the kernel, or of one of its
-// columns. A run is cut into equal blocks (pairs, or what a matrix unit takes). The last block may end beyond the run,
-// where the weights are zero.
+// A run is the numbers that lie side by side under a conv pixel: the channels of one kernel position, or those of all
+// positions of a row of the kernel. A run is cut into equal blocks (pairs, or what a matrix unit takes). The last block
+// may end beyond the run, where the weights are zero.
 struct RunPlan {
   bool joins_columns;  // a run is a whole row of the kernel
   int64_t run;         // numbers

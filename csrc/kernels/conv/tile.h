@@ -85,8 +85,8 @@ FASTNN_INLINE Vec<C> add_product_of_lane(Vec<C> x, Vec<C> y, Vec<C> sum) {
 }
 #endif
 
-// How the products of a list of offsets lie under a pixel: in runs of so many that lie side by side. It is known, and
-// made use of, only where a multiplication takes a lane.
+// How many products of a list of offsets lie side by side under a pixel: a run. Only 64-bit ARM uses runs, because its
+// multiplication can take one lane of a vector as an operand.
 struct Runs {
 #if defined(__aarch64__)
   int64_t length = 1, left = 1;  // of a run, and of the first one

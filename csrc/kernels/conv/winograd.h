@@ -269,7 +269,8 @@ class WinogradForward {
         offsets_[k] = c + d * g_.dilation[0] * slice_tiles * plan_.pitch;
       }
       const Runs runs = runs_of<C>(offsets_, depth_);
-      // The error of the input's gradient would be up to 2.5 of stock's, of sums of that length 1.6 at most (measured).
+      // With sums of kLongestSum products, the error of the input's gradient would be up to 2.5 times stock's. With
+      // sums of half as many it is at most 1.6 times stock's (measured).
       const int64_t longest = call_.turned ? kLongestSum / 2 : kLongestSum;
       // Where each slice of input makes one slice of conv pixels, the slices lie together and are summed at once.
       const int64_t together = in_slices == conv_slices ? band.images * conv_slices : 1;

@@ -58,8 +58,8 @@ class EmbeddingLayer : public Layer<T> {
   int64_t rows_, features_;
 };
 
-// Which elements of its input a pick takes: of the row rows[i] the element places[i] along the second dimension, with
-// all that lies in it. Without `rows`, of each row one. Numbers below 0 count from the end.
+// Which elements of its input a pick takes: element i of the output is input[rows[i], places[i]], with all further
+// dimensions; without `rows` it is input[i, places[i]].
 class Picked {
  public:
   // rows: null for none. wraps: whether numbers below 0 count from the end. Raises where a number is out of range.

@@ -89,10 +89,10 @@ class GatherLayer : public Layer<T> {
   FormatRule formats() const override { return FormatRule::alike; }
   bool reads_parts() const override { return true; }
 
-  // The sizes of an input, with those dimensions as one that are taken as one.
+  // An input's sizes, where dimensions that are indexed together have become one.
   virtual Ints joined(Ints sizes) const { return sizes; }
-  // For an input of these sizes, along each dimension that is then left, the places that the output takes; empty where
-  // it takes each once and in its order. Raises where a place does not exist.
+  // For an input of these sizes, the places that the output takes along each dimension that `joined` leaves; empty
+  // where it takes each once and in its order. Raises where a place does not exist.
   virtual std::vector<Ints> places(const Ints& sizes) const = 0;
 
   void set_sizes(Site<T>& site) const override {

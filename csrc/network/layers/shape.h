@@ -175,7 +175,7 @@ class RepeatLayer : public Layer<T> {
   void run(const LayerCall<T>& call) const override {
     const auto [times, sizes] = times_and_sizes(call.site);
     const Ints from = broadcast_strides(call.site.inputs[0], sizes.size()), to = call.site.outputs[0].strides();
-    Ints all, from_strides, to_strides;  // of each dimension two: how often, and the elements
+    Ints all, from_strides, to_strides;  // two for each dimension: how often it is repeated, and its elements
     for (size_t d = 0; d < sizes.size(); ++d) {
       all.insert(all.end(), {times[d], sizes[d]});
       from_strides.insert(from_strides.end(), {0, from[d]});

@@ -325,7 +325,8 @@ class BatchNormTraining : public TrainingLayer<T> {
     const bool is_own = trains_ && lies_in_order(input);
     Tensor gradient = gradients[0].borrow();
     if (turned_.defined()) gradient = turned(dense(gradient), this->given[0].size(0), sizes_of(turned_));
-    // Whether the norm's own backward takes the activation's with it. The addend's gradient is the one in front of it.
+    // Whether the norm's backward includes the activation's. It cannot where the addend's gradient is wanted, which is
+    // the gradient of the activation's input.
     const bool both = way_ == Way::in_one_pass && is_own && !addend_wanted && gradient.is_contiguous();
     if (way_ == Way::by_pool) {
       gradient = std::get<0>(

@@ -83,7 +83,7 @@ class RepeatTraining : public SizedTraining<T, RepeatLayer> {
   void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
     if (!wanted[0]) return;
     const auto [times, sizes] = this->layer_.times_and_sizes(this->site());
-    Ints both, dims;  // of each dimension two: how often, and the elements
+    Ints both, dims;  // two for each dimension: how often it is repeated, and its elements
     for (size_t d = 0; d < sizes.size(); ++d) {
       dims.push_back(static_cast<int64_t>(both.size()));
       both.insert(both.end(), {times[d], sizes[d]});

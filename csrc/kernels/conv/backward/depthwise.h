@@ -53,7 +53,8 @@ class DepthwiseSums {
   DepthwiseSums(const ConvPoolGeometry& g, const int64_t (&step)[3], const C* band, const ConvBox& box, int64_t origin)
       : g_(g), step_(step), band_(band), box_(box), origin_(origin) {}
 
-  // Sums of some kLongestSum pixels, which what they add to, longer ones, would round off: `lost` keeps that.
+  // Adds sums over about kLongestSum pixels to the weight's gradient. What rounding takes from each addition goes to
+  // `lost`.
   template <int taps>
   FASTNN_SHARED void add_weight_gradient(const C* image, C* to, C* lost) const {
     const int64_t step = g_.stride[2] * kLanes<C>, tap_step = g_.dilation[2] * kLanes<C>;

@@ -7,8 +7,8 @@
 namespace fastnn {
 namespace FASTNN_ISA {
 
-constexpr int kMostRuns = 4;        // that are summed at once
-constexpr int kMostRunVectors = 6;  // of each
+constexpr int kMostRuns = 4;        // the most runs that are summed at once
+constexpr int kMostRunVectors = 6;  // the most vectors of each run
 constexpr int kMostAccumulators = FASTNN_VECTOR_REGISTERS * 3 / 4;
 
 // Offsets as wide as the elements.

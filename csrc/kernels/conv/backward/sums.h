@@ -1,7 +1,7 @@
 // Sums of gradients that stay accurate however many terms they have, and what is common to all algorithms of backward.
 //
-// Terms are added up in registers, at most kLongestSum at a time. Adding such a sum to a weight's gradient, which is a
-// longer one, rounds it by the size of that: `lost`, of the gradient's size, keeps what is rounded off.
+// Terms are added up in registers, at most kLongestSum at a time. Adding such a sum to a weight's gradient, which is
+// larger, rounds away the sum's last digits. `lost`, which has as many elements as the gradient, keeps them.
 #pragma once
 
 #include "../copy.h"

@@ -42,7 +42,8 @@ class TapSums {
     });
   }
 
-  // The products of each tap's weight, then each tap's at its distance.
+  // Multiplies the output's gradients by each tap's weights, and adds the products, which are summed over the output
+  // channels, to the input's gradient at the tap's offset.
   FASTNN_SHARED void add_input_gradient(const C* band, const C* weight, int64_t channels, int64_t pixels, C* to) const {
     const int64_t depth = s_.depth, pass = s_.pass;
     for (int64_t first = 0; first < pixels; first += pass) {
@@ -119,7 +120,7 @@ class TapsWorker {
     bias_ = memory.take<double>(g_.out_channels);
   }
 
-  // Once the memory is there.
+  // Computes the offset of each tap. It is called once the scratch memory exists.
   void prepare() {
     for (int64_t k = 0; k < s_.depth; ++k) {
       const int64_t tap = k % g_.taps(), row = tap / g_.kernel[2];

@@ -105,7 +105,7 @@ class WinogradWorker {
     }
   }
 
-  // Of `count` tiles of two rows [column][outputs].
+  // Transforms the gradients of `count` tiles, which lie in two rows [column][outputs].
   void transform_gradients(const C* rows, int64_t count, int64_t vectors, C* to) const {
     for (int64_t t = 0; t < count; ++t, rows += 2 * plan_.outputs) {
       for (int64_t v = 0; v < vectors; ++v, to += kLanes<C>) {
