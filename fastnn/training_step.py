@@ -617,10 +617,15 @@ class TrainingStep:
             self._update_from_gradients()
         return loss
 
-    def _update_from_gradients(self) -> None:
-        """Clips the gradients that lie in ``p.grad``, and updates: by an operator, or by the optimizer's own step."""
-        if not self._update_by_operator():
-            self._update_by_optimizer()
+    def _update_from_gradients(self, by_operator: bool = True) -> None:
+        """Clips the gradients that lie in ``p.grad``, and updates: by an operator, or by the optimizer's own step.
+        Where that raises, the gradients are dropped, because the next step would add them to its own."""
+        try:
+            if not (by_operator and self._update_by_operator()):
+                self._update_by_optimizer()
+        except BaseException:
+            self._optimizer.zero_grad()
+            raise
 
     def _update_by_operator(self) -> bool:
         """Clips the gradients that autograd has left in ``p.grad``, and updates. Returns False, and has done nothing,
@@ -695,7 +700,7 @@ class TrainingStep:
         if binding is None or not all_by_operators or not self._still_fits(binding):
             self._undo()
             flat.give()
-            self._update_by_optimizer()
+            self._update_from_gradients(by_operator=False)
             return loss
         self._after_update(binding, update_in_one_call(binding, flat.of_program))
         return loss

@@ -242,7 +242,7 @@ def test_borders(passes: set[int]) -> None:
     )  # fmt: skip
     for twice in (False, True):
         _compare(stock, fused, [torch.randn(7, 6, dtype=torch.float64)], 1e-8, twice)
-    assert len(_networks(fused)) == 3
+    assert len(_networks(fused)) == 4
 
 
 def test_borders_that_write_or_draw_leave_the_order_alone(passes: set[int]) -> None:
@@ -525,6 +525,92 @@ def test_two_forwards_before_backward(passes: set[int]) -> None:
         results.append(torch.autograd.grad(some[0].sum() + some[1].square().sum(), list(model.parameters())))
     assert_close(*results)
     assert_close(fused.state_dict(), stock.state_dict())
+
+
+def _tower(*more: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), *more, nn.Linear(5, 3))
+
+
+def _one_by_one(m: Any, x: Tensor) -> Any:
+    return m.first(x), m.second(x), m.third(x)
+
+
+def _layer_by_layer(m: Any, x: Tensor) -> Any:
+    y, z = x, x
+    for first, second in zip(m.first, m.second, strict=True):
+        y, z = first(y), second(z)
+    return y, z, m.third(x)
+
+
+def _behind_a_detach(m: Any, x: Tensor) -> Any:
+    hidden = torch.tanh(m.first(x))
+    return hidden * 2 + 1, m.third(m.second(torch.cat([hidden.detach(), x[:, :1]], 1)))
+
+
+_APART: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], int]] = {
+    "towers": (_one_by_one, _tower, 3),
+    "dropouts, tower by tower": (_one_by_one, lambda: _tower(nn.Dropout(0.4)), 3),
+    # The towers' random numbers alternate, so that two of them are one stretch, which has a single backward.
+    "dropouts, layer by layer": (_layer_by_layer, lambda: _tower(nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.4)), 2),
+    "norms, layer by layer": (_layer_by_layer, lambda: _tower(nn.BatchNorm1d(5), nn.Sigmoid(), nn.BatchNorm1d(5)), 2),
+    "norms, tower by tower": (_one_by_one, lambda: _tower(nn.BatchNorm1d(5), nn.Sigmoid()), 3),
+}
+
+
+@pytest.mark.parametrize("name", _APART)
+def test_parts_that_are_not_connected_go_backward_apart(name: str, passes: set[int]) -> None:
+    """Two critics, or an ensemble: each has a loss and an optimizer of its own, and one steps before the next goes
+    backward."""
+    forward, tower, count = _APART[name]
+    stock, fused = _pair(lambda: By(forward, first=tower(), second=tower(), third=tower()))
+    results: list[Any] = []
+    for model in (stock, fused):
+        torch.manual_seed(2)
+        for x in torch.randn(3, 6, 4, dtype=torch.float64):
+            losses = [y.square().mean() for y in model(x)]
+            if count < len(losses):
+                losses = [losses[0] + losses[1], *losses[2:]]
+            for loss in losses:
+                loss.backward()
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.grad is not None:
+                            parameter.sub_(parameter.grad, alpha=0.1)
+                            parameter.grad = None
+        results.append((model.state_dict(), torch.get_rng_state()))
+    assert_close(*results)
+    assert len(_networks(fused)) == count
+
+
+def test_what_is_detached_goes_backward_apart(passes: set[int]) -> None:
+    """A probe on features that do not learn from it."""
+    stock, fused = _pair(
+        lambda: By(_behind_a_detach, first=nn.Linear(4, 5), second=nn.Linear(6, 4), third=_tower(nn.Tanh()))
+    )
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(2)
+        for order in (1, -1):
+            for loss in [y.square().mean() for y in model(torch.randn(6, 4, dtype=torch.float64))][::order]:
+                loss.backward()
+        results.append([p.grad for p in model.parameters()])
+    assert_close(*results)
+    assert len(_networks(fused)) == 2
+
+
+@pytest.mark.parametrize("other", ["new", "expanded", "turned"])
+def test_an_input_whose_memory_is_exchanged_before_backward(other: str, passes: set[int]) -> None:
+    """Its version does not change, so that backward reads what is there now, as stock does."""
+    stock, fused = _pair(_tower)
+    results = []
+    for model in (stock, fused):
+        torch.manual_seed(2)
+        x = torch.randn(6, 4, dtype=torch.float64)
+        y = model(x)
+        memory = torch.randn(4, 6, dtype=torch.float64)
+        x.data = {"new": memory.t().clone(), "expanded": memory[:, 0].expand(6, 4), "turned": memory.t()}[other]
+        results.append(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("how", ["save_on_cpu", "checkpoint", "reentrant", "copies"])

@@ -1276,18 +1276,53 @@ def test_what_lies_between_two_calls_is_not_trusted(name: str) -> None:
     refused(good)  # once more
 
 
-def test_forwards_that_nobody_ends_are_dropped() -> None:
+class _Careful(torch.optim.SGD):
+    """Refuses gradients that are not finite."""
+
+    def step(self, closure: Any = None) -> Any:
+        if not all(p.grad is None or p.grad.isfinite().all() for p in self.param_groups[0]["params"]):
+            raise FloatingPointError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("keep_gradients", [False, True])
+def test_gradients_of_an_update_that_raised_are_dropped(keep_gradients: bool) -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    ours = copy.deepcopy(stock)
+    optimizer = _Careful(stock.parameters(), 0.1)
+    step = fastnn.training_step(ours, F.mse_loss, _Careful(ours.parameters(), 0.1), keep_gradients=keep_gradients)
+    for number in range(4):
+        x, y = torch.randn(6, 4), torch.randn(6, 1)
+        if number == 1:
+            x[0, 0] = torch.nan
+        optimizer.zero_grad()
+        F.mse_loss(stock(x), y).backward()
+        if number == 1:
+            with pytest.raises(FloatingPointError):
+                optimizer.step()
+            with pytest.raises(FloatingPointError):
+                step(x, y)
+        else:
+            optimizer.step()
+            step(x, y)
+    assert_close(ours.state_dict(), stock.state_dict())
+
+
+def test_forwards_wait_until_they_are_forgotten() -> None:
     x, weight = torch.randn(4, 3), torch.randn(2, 3)
     text = "fastnn.network 1\ninput -> x\nweight -> w sizes=2,3\nlinear input=x weight=w -> y\noutput input=y"
     first = torch.ops.fastnn.network_with_pass([x], [weight], text)[1]
     reference = weakref.ref(weight)
     _C.forget_pass(int(first))
     _C.forget_pass(int(first))
-    for _ in range(10):
-        kept = torch.ops.fastnn.network_with_pass([x], [weight], text)[1]
+    kept = torch.ops.fastnn.network_with_pass([x], [weight], text)[1]
     del weight
-    for _ in range(1 << 14):
-        torch.ops.fastnn.network_with_pass([x], [torch.randn(2, 3)], text)
+    for _ in range(1 << 15):  # an agent may keep as many log-probabilities until it learns from them
+        last = torch.ops.fastnn.network_with_pass([x], [torch.randn(2, 3)], text)[1]
+        assert reference() is not None
+    for number in range(int(kept), int(last) + 1):
+        _C.forget_pass(number)
     assert reference() is None
     with pytest.raises(RuntimeError, match="no forward of this number"):
         torch.ops.fastnn.training_step_backward([torch.randn(4, 2)], kept, [], [], [], NUMBERS, False)

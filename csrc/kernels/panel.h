@@ -32,15 +32,16 @@ constexpr int parts_of(int64_t rows, int vectors) {
   return rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4;
 }
 
-// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows.
-template <int rows, int vectors, int parts, bool transposed, class C>
+// out[r] = start[r * start_stride] + a[r] panel, for `rows` rows. For each row of the panel, `fetched` bytes from
+// `fetch` on are prefetched, because large weights come from far away at every step of a recurrent network. The address
+// may lie beyond the weights.
+template <int rows, int vectors, int parts, int fetched, bool transposed, class C>
 __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<transposed> strides, const C* panel,
-                                             const C* start, int64_t start_stride, C* out, int64_t out_stride) {
+                                             uintptr_t fetch, const C* start, int64_t start_stride, C* out,
+                                             int64_t out_stride) {
   constexpr int lanes = kLanes<C>, width = vectors * lanes;
-  // Large weights come from far at every step of a recurrent network, sooner if they are asked for ahead of time. A
-  // tile of few rows has no time to spare for that between its loads.
-  constexpr bool kFetchesAhead = 2 * rows > tile_rows(vectors);
-  constexpr int kAhead = 2048, kRowBytes = width * sizeof(C);
+  // What the next product reads waits in the second cache, since the nearest one does not hold a panel.
+  constexpr int kCache = fetched < width * static_cast<int>(sizeof(C)) ? 2 : 3;
   Vec<C> total[parts][rows][vectors] = {};
   const int64_t step = strides.depth();
   LeftRows<rows, C> left_rows(a, strides.row());
@@ -48,12 +49,9 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
     Vec<C> right[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) right[v] = load(panel + part * width + v * lanes);
-    if constexpr (kFetchesAhead) {
 #pragma GCC unroll 4
-      for (int byte = 0; byte < kRowBytes; byte += 64) {
-        const auto address = reinterpret_cast<uintptr_t>(panel + part * width);
-        __builtin_prefetch(reinterpret_cast<const void*>(address + kAhead + byte));  // may be beyond the weights
-      }
+    for (int byte = 0; byte < fetched; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(fetch + part * fetched + byte), 0, kCache);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
@@ -68,6 +66,7 @@ __attribute__((noinline)) void multiply_rows(int64_t depth, const C* a, Strides<
     for (int part = 0; part < parts; ++part) multiply_one(part);
     left_rows.advance(parts * step);
     panel += parts * width;
+    fetch += parts * fetched;
   }
   if constexpr (parts > 1) {
     for (; k < depth; ++k) {
@@ -135,15 +134,15 @@ FASTNN_INLINE void multiply_row(int64_t depth, const C* a, const C* panel, int64
 
 // The same for any number of rows, in tiles as even as can be. `all_rows` is the number of rows of the whole product,
 // of which these are a thread's part. It decides how sums are made, so that they are the same for any number of
-// threads.
+// threads. `next` is the panel that is read after this one.
 template <int vectors, bool transposed = false, class C>
 void multiply_panel(int64_t all_rows, int64_t rows, int64_t depth, const C* a, int64_t a_stride, const C* panel,
-                    const C* start, int64_t start_stride, C* out, int64_t out_stride) {
-  constexpr int most = tile_rows(vectors);
+                    const C* next, const C* start, int64_t start_stride, C* out, int64_t out_stride) {
+  constexpr int most = tile_rows(vectors), kRowBytes = vectors * sizeof(Vec<C>);
   const Strides<transposed> strides{a_stride};
   if (all_rows == 1 && rows == 1) {  // a product so short that the choices below take a tenth of its time
-    return multiply_rows<1, vectors, parts_of(1, vectors)>(depth, a, strides, panel, start, start_stride, out,
-                                                           out_stride);
+    return multiply_rows<1, vectors, parts_of(1, vectors), 0>(depth, a, strides, panel, 0, start, start_stride, out,
+                                                              out_stride);
   }
   const int64_t tiles = divide_up(rows, most);
   const int parts = parts_of(all_rows, vectors);
@@ -151,18 +150,31 @@ void multiply_panel(int64_t all_rows, int64_t rows, int64_t depth, const C* a, i
     const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
     with_constant<most>(static_cast<int>(count), [&](auto constant) {
       constexpr int tile_rows = decltype(constant)::value;
-      const auto run = [&](auto chosen) {
-        multiply_rows<tile_rows, vectors, decltype(chosen)::value>(depth, a + first * strides.row(), strides, panel,
-                                                                   start + first * start_stride, start_stride,
-                                                                   out + first * out_stride, out_stride);
+      const auto run_parts = [&](auto chosen, auto fetched, uintptr_t fetch) {
+        multiply_rows<tile_rows, vectors, decltype(chosen)::value, decltype(fetched)::value>(
+            depth, a + first * strides.row(), strides, panel, fetch, start + first * start_stride, start_stride,
+            out + first * out_stride, out_stride);
       };
-      if constexpr (parts_of(tile_rows, vectors) > 2) {
-        if (parts > 2) return run(Constant<4>{});
+      const auto run = [&](auto fetched, uintptr_t fetch) {
+        if constexpr (parts_of(tile_rows, vectors) > 2) {
+          if (parts > 2) return run_parts(Constant<4>{}, fetched, fetch);
+        }
+        if constexpr (parts_of(tile_rows, vectors) > 1) {
+          if (parts > 1) return run_parts(Constant<2>{}, fetched, fetch);
+        }
+        run_parts(Constant<1>{}, fetched, fetch);
+      };
+      // Several tiles fetch the next panel together, at an even pace: the first one alone would have to wait for all
+      // of its own.
+      if constexpr (2 * tile_rows >= most) {
+        if (tiles > 1) {
+          return run(Constant<kRowBytes / 2>{},
+                     reinterpret_cast<uintptr_t>(next) + depth * kRowBytes * tile / tiles / 64 * 64);
+        }
       }
-      if constexpr (parts_of(tile_rows, vectors) > 1) {
-        if (parts > 1) return run(Constant<2>{});
-      }
-      run(Constant<1>{});
+      // A tile of few rows has no time to spare for that between its loads.
+      constexpr int kAhead = 2048;
+      run(Constant<(2 * tile_rows > most ? kRowBytes : 0)>{}, reinterpret_cast<uintptr_t>(panel) + kAhead);
     });
   }
 }
@@ -180,8 +192,9 @@ void multiply_panels(int64_t all_rows, int64_t rows, int64_t depth, const C* a, 
   static constexpr C kZeros[2 * kLanes<C>] = {};
   for (int64_t column = 0; column < columns; column += 2 * kLanes<C>) {
     C* out = product + column;
-    multiply_panel<2, transposed>(all_rows, rows, depth, a, a_stride, panels + column * depth, adding ? out : kZeros,
-                                  adding ? product_stride : 0, out, product_stride);
+    const C* panel = panels + column * depth;
+    multiply_panel<2, transposed>(all_rows, rows, depth, a, a_stride, panel, panel + 2 * kLanes<C> * depth,
+                                  adding ? out : kZeros, adding ? product_stride : 0, out, product_stride);
   }
 }
 

@@ -69,9 +69,10 @@ class ForwardDirection {
     int64_t stride;
     const C* x = input_rows(block, &stride);
     if (!packed_) return project_unpacked(block.rows, x, stride, tiles);
+    const int64_t panel_size = layout_.kPanelWidth * layout_.input_size;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride,
-                               packed_ + tile * layout_.kPanelWidth * layout_.input_size,
+      const C* panel = packed_ + tile * panel_size;
+      multiply_panel<kVectors>(network_.rows, block.rows, layout_.input_size, x, stride, panel, panel + panel_size,
                                packed_ + layout_.bias() + tile * layout_.kPanelWidth, 0, tile_slots(tile),
                                layout_.kTileSlots);
     }
@@ -258,8 +259,10 @@ class ForwardDirection {
       C* slots = rows.slots + tile * layout_.tile_stride(most_rows_);
       if (rows.previous && packed_) {
         C* sums = slots + Cell::kHiddenSlot * kLanes<C>;
-        multiply_panel<kVectors>(rows.all, rows.count, layout_.outputs(), rows.previous, rows.previous_stride,
-                                 panels + tile * panel_size, sums, layout_.kTileSlots, sums, layout_.kTileSlots);
+        const C* panel = panels + tile * panel_size;
+        multiply_panel<kVectors>(rows.all, rows.count, layout_.outputs(), rows.previous, rows.previous_stride, panel,
+                                 backwards ? panel - panel_size : panel + panel_size, sums, layout_.kTileSlots, sums,
+                                 layout_.kTileSlots);
       }
       rows.finish_tile(tile * layout_.kTileUnits, slots);
     }

@@ -1,7 +1,7 @@
 // Passes that have run forward and wait for backward: the operators that run a network forward keep them under numbers.
 #pragma once
 
-#include <map>
+#include <unordered_map>
 
 #include "../ops/operators.h"
 #include "train.h"
@@ -120,20 +120,13 @@ struct ForwardPassOf : ForwardPass {
   }
 };
 
-// The passes that wait for backward, by numbers. When there are very many, because raw operators were called that
-// nobody has forgotten, the oldest is dropped.
+// The passes that wait for backward, by numbers. Each is here until it is taken or forgotten.
 class ForwardPasses {
  public:
   static int64_t add(std::unique_ptr<ForwardPass> pass) {
-    constexpr size_t kMost = 1 << 14;
     ForwardPasses& all = instance();
-    std::unique_ptr<ForwardPass> oldest;  // declared first: it is freed after the lock is released
     const std::lock_guard<std::mutex> lock(all.mutex_);
     all.passes_.emplace(++all.last_, std::move(pass));
-    if (all.passes_.size() > kMost) {
-      oldest = std::move(all.passes_.begin()->second);
-      all.passes_.erase(all.passes_.begin());
-    }
     return all.last_;
   }
   // Null where there is none of this number, or another thread is using it.
@@ -156,7 +149,7 @@ class ForwardPasses {
  private:
   static ForwardPasses& instance();  // never destroyed, because libtorch may be destroyed before
   std::mutex mutex_;
-  std::map<int64_t, std::unique_ptr<ForwardPass>> passes_;  // the oldest first
+  std::unordered_map<int64_t, std::unique_ptr<ForwardPass>> passes_;
   int64_t last_ = 0;
 };
 

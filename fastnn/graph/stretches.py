@@ -3,15 +3,20 @@
 Under autograd each stretch is one function, forward in one call and backward in another. In inference it is one call
 of an operator, which folds batch norms into convolutions and chooses how values lie in memory.
 
-Between stretches are the borders: nodes that are no layers of a network, which torch runs. A stretch has all layers
-with the same number of borders on the longest path that leads to them, so that no path from one of them to another
-passes a border. Under autograd, what the model returns is a border too for the layers that take it: a caller may ask
-for gradients with respect to it.
+Between stretches are the borders: nodes that are no layers of a network, which torch runs. A layer's level is the
+number of borders on the longest path that leads to it. In inference a stretch has all layers of a level, so that no
+path from one of them to another passes a border.
+
+Under autograd a caller may ask for gradients at several times and places, so there are more borders and more stretches.
+What the model returns is a border for the layers that take it, because a caller may ask for gradients with respect to
+it. What is detached is one, because a caller may go backward behind it and before it in two calls. For the same reason
+a stretch has only layers that are connected: two critics in one module are two stretches.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +48,7 @@ _COSTS = {**dict.fromkeys(("batch_norm", "max_pool"), 4), **dict.fromkeys(("conv
 _LEAST_CALLS = 2  # In inference, a stretch takes the place of at least so many calls.
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _BEFORE = -1  # the level of what torch runs before all stretches
+_NEVER = sys.maxsize
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
 
@@ -173,13 +179,35 @@ def compiled(graph: Graph, file: str) -> Callable[..., Any]:
     return function
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stretch:
-    nodes: list[Node] = field(default_factory=list)  # those that add lines
-    lines: list[Line] = field(default_factory=list)
+    layers: dict[int, tuple[Node, Sequence[Line]]] = field(default_factory=dict)  # by the order of the forward
     counters: list[tuple[Any, Any]] = field(default_factory=list)
     cost: int = 0  # what its nodes cost as single functions of autograd: see _COST_IN_PYTHON
     calls: int = 0  # how many calls its nodes are in inference
+    # The numbers of its first and last layer that draws random numbers or changes statistics; none: (_NEVER, -1)
+    first_effect: int = _NEVER
+    last_effect: int = -1
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for node, _ in self.layers.values()]
+
+    @property
+    def lines(self) -> list[Line]:
+        return [line for _, lines in self.layers.values() for line in lines]
+
+    def overlaps(self, other: _Stretch) -> bool:
+        """Whether effects of one lie between effects of the other."""
+        return self.first_effect < other.last_effect and other.first_effect < self.last_effect
+
+    def join(self, other: _Stretch) -> None:
+        self.layers = dict(sorted({**self.layers, **other.layers}.items()))
+        self.counters += other.counters
+        self.cost += other.cost
+        self.calls += other.calls
+        self.first_effect = min(self.first_effect, other.first_effect)
+        self.last_effect = max(self.last_effect, other.last_effect)
 
 
 def find_stretches(
@@ -238,9 +266,10 @@ class _Reading:
         self.reader = Reader(modules, self.order, self.inputs, self.prologue, takes_computed=True)
         self.reader.tensors.update(tensors)
         self.output, self.returned, self.views = graph.output_node(), returned, views
-        self.stretches: dict[int, _Stretch] = {}
+        self.stretches: dict[int, list[_Stretch]] = {}  # by level
         self.borders: dict[int, list[Node]] = {}
-        self.level_of: dict[Value, int] = {}  # of each value that a line gives
+        self.stretch_of: dict[Value, _Stretch] = {}  # of each value that a line gives
+        self._noted = 0  # how many nodes are in stretches
 
     # ---- what each node is ------------------------------------------------------------------------------------------
 
@@ -251,12 +280,16 @@ class _Reading:
             return False
         levels: dict[Node, int] = {}
         is_border: set[Node] = set()
+        is_detached: set[Node] = set()
         first_free, last_drawn = 0, 0  # the first level behind all borders up to here, and the last that draws numbers
         last_written: dict[Value, int] = {}  # the last level that writes a batch norm's statistics
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            before = [levels.get(one, 0) + (one in is_border or self._is_returned(one)) for one in node.all_input_nodes]
+            before = [
+                levels.get(one, 0) + (one in is_border or one in is_detached or self._is_returned(one))
+                for one in node.all_input_nodes
+            ]
             level = max(before, default=0)
             if node in reader.done:
                 levels[node] = level
@@ -290,11 +323,14 @@ class _Reading:
                 changed = [value for line in reader.lines[count:] for value in changed_statistics(line)]
                 level = max([level, *(last_written.get(value, 0) for value in changed)])
                 last_written.update(dict.fromkeys(changed, level))
-                self._note(node, reader.lines[count:], level)
-                if reader.counters[counted:]:
-                    self.stretches[level].counters += reader.counters[counted:]
+                lines = reader.lines[count:]
+                if lines:
+                    stretch = self._note(node, lines, bool(reader.draws or changed), level)
+                    stretch.counters += reader.counters[counted:]
+                    if self.records and lines[-1].layer == "detach":
+                        is_detached.add(node)
             levels[node] = level
-        return any(map(self._is_worth_a_call, self.stretches.values()))
+        return any(self._is_worth_a_call(one) for stretches in self.stretches.values() for one in stretches)
 
     def _is_worth_a_call(self, stretch: _Stretch) -> bool:
         return stretch.cost >= _LEAST_COST if self.records else stretch.calls >= _LEAST_CALLS
@@ -334,12 +370,25 @@ class _Reading:
             raise NotANetworkError("it shares memory with others, or may be a part of a tuple")
         self.reader.read(node)
 
-    def _note(self, node: Node, lines: Sequence[Line], level: int) -> None:
-        if not lines:
-            return
-        stretch = self.stretches.setdefault(level, _Stretch())
-        stretch.nodes.append(node)
-        stretch.lines += lines
+    def _note(self, node: Node, lines: Sequence[Line], has_effect: bool, level: int) -> _Stretch:
+        """Adds a node that is a layer, with its lines, to a stretch of its level."""
+        forms = self.reader.forms
+        taken = {self.stretch_of.get(forms.get(value, (value, ""))[0]) for line in lines for value in line.taken()}
+        at_level = self.stretches.setdefault(level, [])
+        connected = [one for one in at_level if one in taken or not self.records]
+        stretch = connected[0] if connected else _Stretch()
+        if not connected:
+            at_level.append(stretch)
+        self._join(stretch, connected[1:], at_level)
+        stretch.layers[self._noted] = node, lines
+        for line in lines:
+            self.stretch_of.update(dict.fromkeys(line.outputs, stretch))
+        if has_effect:
+            stretch.first_effect, stretch.last_effect = min(stretch.first_effect, self._noted), self._noted
+        # A stretch has all of its effects at once, so that two stretches whose effects alternate have to be one.
+        while among := [one for one in at_level if one is not stretch and one.overlaps(stretch)]:
+            self._join(stretch, among, at_level)
+        self._noted += 1
         costs = [_COSTS.get(line.layer, 1) for line in lines if line.layer not in VIEWS]
         if costs and node.op == "call_module" and next(self.modules[str(node.target)].children(), None) is not None:
             stretch.cost += sum(costs)  # a module of others, such as an attention
@@ -347,8 +396,14 @@ class _Reading:
         elif costs:
             stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else max(costs)
             stretch.calls += 1
-        for line in lines:
-            self.level_of.update(dict.fromkeys(line.outputs, level))
+        return stretch
+
+    def _join(self, stretch: _Stretch, others: Sequence[_Stretch], at_level: list[_Stretch]) -> None:
+        for one in others:
+            for line in one.lines:
+                self.stretch_of.update(dict.fromkeys(line.outputs, stretch))
+            stretch.join(one)
+            at_level.remove(one)
 
     def _is_in_python(self, node: Node) -> bool:
         if node.op == "call_module":
@@ -368,14 +423,20 @@ class _Reading:
         for node, parts in self.reader.parts.items():
             for value, path in _paths(parts):
                 self.parts.setdefault(value, (node, path))
-        self.chosen = {level for level, stretch in self.stretches.items() if self._is_worth_a_call(stretch)}
+        # In the order in which they run: within a level, first what has the first effects.
+        self.in_order = {
+            level: sorted(some, key=lambda one: one.first_effect) for level, some in self.stretches.items()
+        }
+        in_order = [one for some in self.in_order.values() for one in some]
+        self.chosen = dict.fromkeys(one for one in in_order if self._is_worth_a_call(one))
         while True:
             self.needed = self._needed()
-            unused = {level for level in self.chosen if not self.needed[level]}
+            unused = [one for one in self.chosen if not self.needed[one]]
             if not unused:
                 break
-            self.chosen -= unused
-        sharing = [value for level in self.chosen for value in self._sharing(level)]
+            for one in unused:
+                del self.chosen[one]
+        sharing = [value for one in self.chosen for value in self._sharing(one)]
         return {self.node_of[value] if value in self.node_of else self.parts[value][0] for value in sharing}
 
     def stretched(self) -> StretchedGraph | None:
@@ -394,10 +455,11 @@ class _Reading:
         self._place_tensors()
         networks = []
         for level in sorted({*self.stretches, *self.borders}):
-            if level in self.chosen:
-                networks.append(self._write_call(level, self.needed[level]))
-            elif level in self.stretches:
-                for node in self.stretches[level].nodes:
+            for stretch in self.in_order.get(level, ()):
+                if stretch in self.chosen:
+                    networks.append(self._write_call(stretch, self.needed[stretch]))
+                    continue
+                for node in stretch.nodes:
                     self._copy(node)
             for node in self.borders.get(level, ()):
                 self._copy(node)
@@ -405,18 +467,18 @@ class _Reading:
         self.guard.seal()
         return StretchedGraph(compiled(self.new, "<stretches>"), self.new_sources, self.guard, networks)
 
-    def _needed(self) -> dict[int, list[Value]]:
+    def _needed(self) -> dict[_Stretch, list[Value]]:
         """For each chosen stretch, the values that others take."""
-        needed: dict[int, list[Value]] = {level: [] for level in self.chosen}
+        needed: dict[_Stretch, list[Value]] = {stretch: [] for stretch in self.chosen}
         seen: set[Node] = set()
 
-        def take_value(value: Value, level: int | None) -> None:
+        def take_value(value: Value, taker: _Stretch | None) -> None:
             value, _ = self.reader.forms.get(value, (value, ""))
-            own = self.level_of.get(value)
-            if own is not None and own != level and own in self.chosen:
+            own = self.stretch_of.get(value)
+            if own is not None and own is not taker and own in self.chosen:
                 if value not in needed[own]:
                     needed[own].append(value)
-            elif own != level or own is None:
+            elif own is not taker or own is None:
                 if value in self.node_of:
                     take_args(self.node_of[value])
                 elif value in self.parts:
@@ -424,11 +486,11 @@ class _Reading:
 
         def take(node: Node) -> None:
             value = self.reader.values.get(node)
-            if value is not None and self.level_of.get(value) in self.chosen:
+            if value is not None and self.stretch_of.get(value) in self.chosen:
                 take_value(value, None)
             elif node in self.reader.parts:
                 for part, _ in _paths(self.reader.parts[node]):
-                    if self.level_of.get(part) in self.chosen:
+                    if self.stretch_of.get(part) in self.chosen:
                         take_value(part, None)
                     else:
                         take_args(node)
@@ -444,27 +506,27 @@ class _Reading:
         for some in self.borders.values():
             for node in some:
                 take_args(node)
-        for level, stretch in self.stretches.items():
-            if level not in self.chosen:
+        for stretch in (one for some in self.in_order.values() for one in some):
+            if stretch not in self.chosen:
                 for node in stretch.nodes:
                     take_args(node)
                 continue
             for line in stretch.lines:
                 for value in line.taken():
-                    take_value(value, level)
+                    take_value(value, stretch)
         take_args(self.output)
         return needed
 
-    def _sharing(self, level: int) -> list[Value]:
+    def _sharing(self, stretch: _Stretch) -> list[Value]:
         """The results of a stretch that a call cannot give: they share memory with what it takes or with its other
         results, or are booleans; and results that are nothing but another order or a repetition of a value, which torch
         gives at no cost and with its own strides."""
-        lines = self.stretches[level].lines
+        lines = stretch.lines
         maker = {value: line for line in lines for value in line.outputs}
         taken = {value for line in lines for value in line.taken()}
         sharing: set[Value] = set()
         at_root: dict[Value, list[tuple[Value, Value | None]]] = {}  # the results that lie in the memory of a value
-        for result in self.needed[level]:
+        for result in self.needed[stretch]:
             root, part = result, None  # part: of a split, the last on the way from the root
             while root in maker and maker[root].layer in VIEWS:
                 part = root if maker[root].layer == "split" and part is None else part
@@ -479,7 +541,7 @@ class _Reading:
             apart = len({part for _, part in results}) == len(results) and None not in splits and len(splits) == 1
             if len(results) > 1 and not apart:
                 sharing.update(result for result, _ in results if result is not root)
-        return [value for value in self.needed[level] if value in sharing or value in self.reader.booleans]
+        return [value for value in self.needed[stretch] if value in sharing or value in self.reader.booleans]
 
     def _place_tensors(self) -> None:
         """Makes inputs of all tensors that the new graph may read."""
@@ -522,9 +584,9 @@ class _Reading:
                 self.values[value] = _part_of(self.new, self._copy(whole), path)
         return self.values[value]
 
-    def _write_call(self, level: int, results: Sequence[Value]) -> str:
+    def _write_call(self, stretch: _Stretch, results: Sequence[Value]) -> str:
         """Writes the call of a stretch -> its program."""
-        stretch, reader = self.stretches[level], self.reader
+        reader = self.reader
         lines = used_lines(stretch.lines, results)
         made = {value for line in lines for value in line.outputs}
         given = list(dict.fromkeys(value for line in lines for value in line.taken() if value not in made))
@@ -551,14 +613,14 @@ class _Reading:
             others = [arguments.place_of_tensor(own, name) for own, name in reader.sources if own[name] is tensor]
             same += [(place, other) for other in others if other != place]
         counters = [arguments.place_of_tensor(own, name) for own, name in stretch.counters]
-        layers = self._layers_of(level, results, arguments)
+        layers = self._layers_of(stretch, results, arguments)
         call = NetworkCall(program, [*places, *of_tensors], same, counters, forms, layers)
         node = self.new.call_function(call, (self.root, *arguments.nodes))
         for number, value in enumerate(results):
             self.values[value] = self.new.call_function(operator.getitem, (node, number))
         return program.text
 
-    def _layers_of(self, level: int, results: Sequence[Value], arguments: _Arguments) -> Graph:
+    def _layers_of(self, stretch: _Stretch, results: Sequence[Value], arguments: _Arguments) -> Graph:
         """The layers of a stretch one by one: a graph that takes the tuple of the arguments and gives a tuple."""
         graph, reader = Graph(), self.reader
         taken = graph.placeholder("fastnn_values")
@@ -579,13 +641,13 @@ class _Reading:
             if node.op == "placeholder" and node in reader.tensors:
                 return argument(arguments.place_of_tensor(*reader.tensors[node]))
             value, parts = reader.values.get(node), reader.parts.get(node)
-            if value is not None and self.level_of.get(value) != level:
+            if value is not None and self.stretch_of.get(value) is not stretch:
                 return argument(arguments.place_of(value))
-            if parts is not None and any(self.level_of.get(part) != level for part, _ in _paths(parts)):
+            if parts is not None and any(self.stretch_of.get(part) is not stretch for part, _ in _paths(parts)):
                 return _map_parts(parts, lambda part: argument(arguments.place_of(part)))
             return graph.node_copy(node, copy)
 
-        for node in self.stretches[level].nodes:
+        for node in stretch.nodes:
             copy(node)
         outputs = []
         for value in results:

@@ -48,7 +48,7 @@ class LinearTraining : public TrainingLayer<T> {
     // Backward reads weights and biases as contiguous, and tied layers have a weight that is the transpose of another.
     for (size_t i = 1; i < this->given.size(); ++i) parameters_.push_back(dense(this->given[i]));
     input_ = dense(input);
-    rows_ = as_sizes(data<T>(input_), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
+    rows_ = rows_of(input_);
     call_.emplace(kTrainingStep, rows_, parameters_, activations_);
     const Chain& chain = call_->chain;
     int64_t count = checked_product(chain.rows, chain.widths.back());
@@ -91,6 +91,10 @@ class LinearTraining : public TrainingLayer<T> {
   }
 
  private:
+  Tensor rows_of(const Tensor& input) const {
+    return as_sizes(data<T>(input), {product(sizes_, 0, sizes_.size() - 1), sizes_.back()});
+  }
+
   void take_gradients(const Tensor& grad_output, const bool* wanted, Gradient<T>* results) {
     const Chain& chain = call_->chain;
     PerLayer<const T*> weights;
@@ -103,7 +107,8 @@ class LinearTraining : public TrainingLayer<T> {
     }
     own_gradients_.emplace(count);
     T* next = own_gradients_->get();
-    auto layers = backward_layers<T>(chain, call_->activations, data<T>(rows_), weights, saved_);
+    const Tensor input = dense(input_);  // whose memory its owner may have exchanged since forward
+    auto layers = backward_layers<T>(chain, call_->activations, data<T>(input), weights, saved_);
     for (size_t i = 0; i < layers_; ++i) {
       MlpLayerBackward<T>& layer = layers[static_cast<int64_t>(i)];
       if (wanted[1 + i] && layer.in * layer.out >= kLarge) {
@@ -134,13 +139,14 @@ class LinearTraining : public TrainingLayer<T> {
       return std::any_of(first, first + layers_, [](bool one) { return one; });
     };
     const MlpWanted of_all{wanted[0], any(wanted + 1), biased_ && any(wanted + 1 + layers_)};
-    auto [input, grad_weights, grad_biases] =
-        backward_by_layers<T>(chain, grad_output, rows_, weights, call_->activations, saved, of_all);
+    const Tensor input = dense(input_);  // whose memory its owner may have exchanged since forward
+    auto [grad_input, grad_weights, grad_biases] =
+        backward_by_layers<T>(chain, grad_output, rows_of(input), weights, call_->activations, saved, of_all);
     for (size_t i = 0; i < layers_; ++i) {
       if (wanted[1 + i]) results[1 + i] = {std::move(grad_weights[i]), nullptr, true};
       if (biased_ && wanted[1 + layers_ + i]) results[1 + layers_ + i] = {std::move(grad_biases[i]), nullptr, true};
     }
-    if (wanted[0]) results[0] = {reshaped(input, sizes_), nullptr, true};
+    if (wanted[0]) results[0] = {reshaped(grad_input, sizes_), nullptr, true};
   }
 
   // The elements from which on a weight's gradient is a tensor of its own, which a caller gets without a copy.
@@ -151,7 +157,8 @@ class LinearTraining : public TrainingLayer<T> {
   bool biased_;
   Ints sizes_;  // of the input
   TensorList parameters_;
-  Tensor input_, rows_, kept_;
+  Tensor input_, kept_;
+  Tensor rows_;                                // the input as forward reads it
   std::optional<KeptArray<T>> own_gradients_;  // of all parameters
   std::optional<MlpCall> call_;
   PerLayer<const T*> saved_;  // of each layer what backward needs
