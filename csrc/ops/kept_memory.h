@@ -55,8 +55,8 @@ class KeptArray {
 };
 
 // While an object of this class lives, large new tensors of this thread lie in kept memory, and give it back when torch
-// frees them. They are gradients, and what a training step needs: their storage cannot be resized, which users may do
-// with the outputs of a model.
+// frees them. They are gradients, what a training step needs, and what stretches of a model give under autograd. Their
+// storage cannot be resized.
 class TensorsInKeptMemory {
  public:
   TensorsInKeptMemory() : before_(is_on_) { is_on_ = true; }
