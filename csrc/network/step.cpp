@@ -513,6 +513,12 @@ Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, cons
   std::vector<Rows> input_rows;
   for (const Tensor& input : inputs) input_rows.emplace_back(input, "input");
   Rows target_rows(target, "target");
+  // An autoencoder's target is its input, whose rows are copied once.
+  const auto is_target = [&](const Tensor& input) {
+    return input.const_data_ptr() == target.const_data_ptr() && input.scalar_type() == target.scalar_type() &&
+           same_sizes(input, target);
+  };
+  const size_t same = static_cast<size_t>(std::find_if(inputs.begin(), inputs.end(), is_target) - inputs.begin());
   const int64_t rows = target_rows.count();
   for (const Rows& own : input_rows) {
     FASTNN_CHECK(own.count() == rows, kOp, ": expected as many rows in each tensor, got ", own.count(), " and ", rows);
@@ -543,7 +549,8 @@ Tensor bound_training_epoch(const TensorList& inputs, const Tensor& target, cons
       try {
         TensorList batch;
         for (Rows& own : input_rows) batch.push_back(batch_of(own));
-        losses.push_back(static_cast<T>(steps.run(std::move(batch), batch_of(target_rows), false).first));
+        Tensor targets = same < inputs.size() ? batch[same].borrow() : batch_of(target_rows);
+        losses.push_back(static_cast<T>(steps.run(std::move(batch), std::move(targets), false).first));
       } catch (const std::runtime_error&) {
         if (losses.empty()) throw;
         break;
