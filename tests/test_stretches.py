@@ -598,6 +598,16 @@ def test_what_is_detached_goes_backward_apart(passes: set[int]) -> None:
     assert len(_networks(fused)) == 2
 
 
+def test_parts_that_take_each_other_detached_are_one(passes: set[int]) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y, z = torch.tanh(m.first(x)), torch.tanh(m.second(x))
+        return m.third(y + z.detach()), m.third(z * y.detach() + 1)
+
+    stock, fused = _pair(lambda: By(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4), third=_tower()))
+    _compare(stock, fused, [torch.randn(6, 4, dtype=torch.float64)], 1e-9)
+    assert len(_networks(fused)) == 1
+
+
 @pytest.mark.parametrize("other", ["new", "expanded", "turned"])
 def test_an_input_whose_memory_is_exchanged_before_backward(other: str, passes: set[int]) -> None:
     """Its version does not change, so that backward reads what is there now, as stock does."""

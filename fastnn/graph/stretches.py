@@ -7,18 +7,19 @@ Between stretches are the borders: nodes that are no layers of a network, which 
 number of borders on the longest path that leads to it. In inference a stretch has all layers of a level, so that no
 path from one of them to another passes a border.
 
-Under autograd a caller may ask for gradients at several times and places, so there are more borders and more stretches.
-What the model returns is a border for the layers that take it, because a caller may ask for gradients with respect to
-it. What is detached is one, because a caller may go backward behind it and before it in two calls. For the same reason
-a stretch has only layers that are connected: two critics in one module are two stretches.
+Under autograd a caller may ask for gradients at several times and places. What the model returns is a border for the
+layers that take it, because a caller may ask for gradients with respect to it. A stretch then has only layers that are
+connected by more than a detach, because a caller may go backward through each part in a call of its own: two critics in
+one module are two stretches, and so are features and a probe of what they give, detached.
 """
 
 from __future__ import annotations
 
 import operator
-import sys
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ _COSTS = {**dict.fromkeys(("batch_norm", "max_pool"), 4), **dict.fromkeys(("conv
 _LEAST_CALLS = 2  # In inference, a stretch takes the place of at least so many calls.
 _MOST_REFUSALS = 3  # After so many refusals of the operators, a stretch's layers run one by one at once.
 _BEFORE = -1  # the level of what torch runs before all stretches
-_NEVER = sys.maxsize
 _ROOT = "fastnn_module"  # the name of the graph's input that is the module itself
 
 
@@ -180,34 +180,28 @@ def compiled(graph: Graph, file: str) -> Callable[..., Any]:
 
 
 @dataclass(eq=False)
+class _Layer:
+    """A node that adds lines."""
+
+    node: Node
+    lines: Sequence[Line]
+    counters: Sequence[tuple[Any, Any]]
+    has_effect: bool  # draws random numbers, or changes statistics
+    cost: int = 0  # as a function of autograd: see _COST_IN_PYTHON
+    calls: int = 0  # how many calls the node is in inference
+
+
+@dataclass(eq=False)
 class _Stretch:
-    layers: dict[int, tuple[Node, Sequence[Line]]] = field(default_factory=dict)  # by the order of the forward
-    counters: list[tuple[Any, Any]] = field(default_factory=list)
-    cost: int = 0  # what its nodes cost as single functions of autograd: see _COST_IN_PYTHON
-    calls: int = 0  # how many calls its nodes are in inference
-    # The numbers of its first and last layer that draws random numbers or changes statistics; none: (_NEVER, -1)
-    first_effect: int = _NEVER
-    last_effect: int = -1
+    layers: list[_Layer]
 
     @property
     def nodes(self) -> list[Node]:
-        return [node for node, _ in self.layers.values()]
+        return [layer.node for layer in self.layers]
 
     @property
     def lines(self) -> list[Line]:
-        return [line for _, lines in self.layers.values() for line in lines]
-
-    def overlaps(self, other: _Stretch) -> bool:
-        """Whether effects of one lie between effects of the other."""
-        return self.first_effect < other.last_effect and other.first_effect < self.last_effect
-
-    def join(self, other: _Stretch) -> None:
-        self.layers = dict(sorted({**self.layers, **other.layers}.items()))
-        self.counters += other.counters
-        self.cost += other.cost
-        self.calls += other.calls
-        self.first_effect = min(self.first_effect, other.first_effect)
-        self.last_effect = max(self.last_effect, other.last_effect)
+        return [line for layer in self.layers for line in layer.lines]
 
 
 def find_stretches(
@@ -266,10 +260,9 @@ class _Reading:
         self.reader = Reader(modules, self.order, self.inputs, self.prologue, takes_computed=True)
         self.reader.tensors.update(tensors)
         self.output, self.returned, self.views = graph.output_node(), returned, views
-        self.stretches: dict[int, list[_Stretch]] = {}  # by level
+        self.stretches: dict[int, list[_Stretch]] = {}  # by level, in the order in which they run
         self.borders: dict[int, list[Node]] = {}
         self.stretch_of: dict[Value, _Stretch] = {}  # of each value that a line gives
-        self._noted = 0  # how many nodes are in stretches
 
     # ---- what each node is ------------------------------------------------------------------------------------------
 
@@ -280,16 +273,13 @@ class _Reading:
             return False
         levels: dict[Node, int] = {}
         is_border: set[Node] = set()
-        is_detached: set[Node] = set()
+        layers: dict[int, list[_Layer]] = {}
         first_free, last_drawn = 0, 0  # the first level behind all borders up to here, and the last that draws numbers
         last_written: dict[Value, int] = {}  # the last level that writes a batch norm's statistics
         for node in self.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            before = [
-                levels.get(one, 0) + (one in is_border or one in is_detached or self._is_returned(one))
-                for one in node.all_input_nodes
-            ]
+            before = [levels.get(one, 0) + (one in is_border or self._is_returned(one)) for one in node.all_input_nodes]
             level = max(before, default=0)
             if node in reader.done:
                 levels[node] = level
@@ -323,17 +313,20 @@ class _Reading:
                 changed = [value for line in reader.lines[count:] for value in changed_statistics(line)]
                 level = max([level, *(last_written.get(value, 0) for value in changed)])
                 last_written.update(dict.fromkeys(changed, level))
-                lines = reader.lines[count:]
-                if lines:
-                    stretch = self._note(node, lines, bool(reader.draws or changed), level)
-                    stretch.counters += reader.counters[counted:]
-                    if self.records and lines[-1].layer == "detach":
-                        is_detached.add(node)
+                if lines := reader.lines[count:]:
+                    layer = self._layer_of(node, lines, reader.counters[counted:], bool(reader.draws or changed))
+                    layers.setdefault(level, []).append(layer)
             levels[node] = level
+        for level, some in layers.items():
+            self.stretches[level] = self._connected(some) if self.records else [_Stretch(some)]
+            for stretch in self.stretches[level]:
+                self.stretch_of.update((value, stretch) for line in stretch.lines for value in line.outputs)
         return any(self._is_worth_a_call(one) for stretches in self.stretches.values() for one in stretches)
 
     def _is_worth_a_call(self, stretch: _Stretch) -> bool:
-        return stretch.cost >= _LEAST_COST if self.records else stretch.calls >= _LEAST_CALLS
+        if self.records:
+            return sum(layer.cost for layer in stretch.layers) >= _LEAST_COST
+        return sum(layer.calls for layer in stretch.layers) >= _LEAST_CALLS
 
     def _of_inference(self, lines: Sequence[Line]) -> list[Line]:
         """The lines as a network has them in inference. Raises where it has no such layers, or would have to change
@@ -370,40 +363,50 @@ class _Reading:
             raise NotANetworkError("it shares memory with others, or may be a part of a tuple")
         self.reader.read(node)
 
-    def _note(self, node: Node, lines: Sequence[Line], has_effect: bool, level: int) -> _Stretch:
-        """Adds a node that is a layer, with its lines, to a stretch of its level."""
-        forms = self.reader.forms
-        taken = {self.stretch_of.get(forms.get(value, (value, ""))[0]) for line in lines for value in line.taken()}
-        at_level = self.stretches.setdefault(level, [])
-        connected = [one for one in at_level if one in taken or not self.records]
-        stretch = connected[0] if connected else _Stretch()
-        if not connected:
-            at_level.append(stretch)
-        self._join(stretch, connected[1:], at_level)
-        stretch.layers[self._noted] = node, lines
-        for line in lines:
-            self.stretch_of.update(dict.fromkeys(line.outputs, stretch))
-        if has_effect:
-            stretch.first_effect, stretch.last_effect = min(stretch.first_effect, self._noted), self._noted
-        # A stretch has all of its effects at once, so that two stretches whose effects alternate have to be one.
-        while among := [one for one in at_level if one is not stretch and one.overlaps(stretch)]:
-            self._join(stretch, among, at_level)
-        self._noted += 1
+    def _layer_of(self, node: Node, lines: Sequence[Line], counters: Sequence[Any], has_effect: bool) -> _Layer:
+        layer = _Layer(node, lines, counters, has_effect)
         costs = [_COSTS.get(line.layer, 1) for line in lines if line.layer not in VIEWS]
         if costs and node.op == "call_module" and next(self.modules[str(node.target)].children(), None) is not None:
-            stretch.cost += sum(costs)  # a module of others, such as an attention
-            stretch.calls += len(costs)
+            layer.cost, layer.calls = sum(costs), len(costs)  # a module of others, such as an attention
         elif costs:
-            stretch.cost += _COST_IN_PYTHON if self._is_in_python(node) else max(costs)
-            stretch.calls += 1
-        return stretch
+            layer.cost, layer.calls = _COST_IN_PYTHON if self._is_in_python(node) else max(costs), 1
+        return layer
 
-    def _join(self, stretch: _Stretch, others: Sequence[_Stretch], at_level: list[_Stretch]) -> None:
-        for one in others:
-            for line in one.lines:
-                self.stretch_of.update(dict.fromkeys(line.outputs, stretch))
-            stretch.join(one)
-            at_level.remove(one)
+    def _connected(self, layers: Sequence[_Layer]) -> list[_Stretch]:
+        """Divides the layers of a level into those that are connected by more than a detach, in an order in which they
+        can run: what is detached comes first, and random numbers and statistics keep their order. Layers that have no
+        such order otherwise are one stretch, too."""
+        maker = {value: layer for layer in layers for line in layer.lines for value in line.outputs}
+        ends = [layer.lines[-1] for layer in layers if layer.lines[-1].layer == "detach"]
+        detached = {value for line in ends if maker.keys() & set(line.taken()) for value in line.outputs}
+        forms, group_of = self.reader.forms, {layer: [layer] for layer in layers}
+
+        def join(some: Iterable[_Layer]) -> None:
+            largest, *others = sorted({id(group_of[layer]): group_of[layer] for layer in some}.values(), key=len)[::-1]
+            for group in others:
+                group_of.update(dict.fromkeys(group, largest))
+                largest += group
+
+        before: list[tuple[_Layer, _Layer]] = []
+        for layer in layers:
+            for value in {forms.get(value, (value, ""))[0] for line in layer.lines for value in line.taken()}:
+                if value in detached and maker[value] is not layer:
+                    before.append((maker[value], layer))
+                elif value in maker:
+                    join((maker[value], layer))
+        before += pairwise(layer for layer in layers if layer.has_effect)
+        while True:
+            first_of = {layer: group_of[layer][0] for layer in layers}  # which stands for its group
+            follows: dict[_Layer, set[_Layer]] = {first: set() for first in first_of.values()}
+            for one, other in before:
+                if first_of[one] is not first_of[other]:
+                    follows[first_of[other]].add(first_of[one])
+            try:
+                order = list(TopologicalSorter(follows).static_order())
+            except CycleError as error:
+                join(error.args[1])
+            else:
+                return [_Stretch([layer for layer in layers if first_of[layer] is first]) for first in order]
 
     def _is_in_python(self, node: Node) -> bool:
         if node.op == "call_module":
@@ -423,12 +426,8 @@ class _Reading:
         for node, parts in self.reader.parts.items():
             for value, path in _paths(parts):
                 self.parts.setdefault(value, (node, path))
-        # In the order in which they run: within a level, first what has the first effects.
-        self.in_order = {
-            level: sorted(some, key=lambda one: one.first_effect) for level, some in self.stretches.items()
-        }
-        in_order = [one for some in self.in_order.values() for one in some]
-        self.chosen = dict.fromkeys(one for one in in_order if self._is_worth_a_call(one))
+        all_stretches = [one for some in self.stretches.values() for one in some]
+        self.chosen = dict.fromkeys(one for one in all_stretches if self._is_worth_a_call(one))
         while True:
             self.needed = self._needed()
             unused = [one for one in self.chosen if not self.needed[one]]
@@ -455,7 +454,7 @@ class _Reading:
         self._place_tensors()
         networks = []
         for level in sorted({*self.stretches, *self.borders}):
-            for stretch in self.in_order.get(level, ()):
+            for stretch in self.stretches.get(level, ()):
                 if stretch in self.chosen:
                     networks.append(self._write_call(stretch, self.needed[stretch]))
                     continue
@@ -506,7 +505,7 @@ class _Reading:
         for some in self.borders.values():
             for node in some:
                 take_args(node)
-        for stretch in (one for some in self.in_order.values() for one in some):
+        for stretch in (one for some in self.stretches.values() for one in some):
             if stretch not in self.chosen:
                 for node in stretch.nodes:
                     take_args(node)
@@ -612,7 +611,7 @@ class _Reading:
         for place, tensor in zip(of_tensors, tensors, strict=True):
             others = [arguments.place_of_tensor(own, name) for own, name in reader.sources if own[name] is tensor]
             same += [(place, other) for other in others if other != place]
-        counters = [arguments.place_of_tensor(own, name) for own, name in stretch.counters]
+        counters = [arguments.place_of_tensor(own, name) for layer in stretch.layers for own, name in layer.counters]
         layers = self._layers_of(stretch, results, arguments)
         call = NetworkCall(program, [*places, *of_tensors], same, counters, forms, layers)
         node = self.new.call_function(call, (self.root, *arguments.nodes))
