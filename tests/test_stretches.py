@@ -547,12 +547,19 @@ def _behind_a_detach(m: Any, x: Tensor) -> Any:
     return hidden * 2 + 1, m.third(m.second(torch.cat([hidden.detach(), x[:, :1]], 1)))
 
 
+def _behind_a_cat(m: Any, x: Tensor) -> Any:
+    x = torch.cat([x[:, :2], torch.sigmoid(x[:, 2:])], 1)
+    return m.first(x), m.second(m.drop(x)), m.third(x * 2)
+
+
 _APART: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], int]] = {
     "towers": (_one_by_one, _tower, 3),
     "dropouts, tower by tower": (_one_by_one, lambda: _tower(nn.Dropout(0.4)), 3),
     # The towers' random numbers alternate, so that two of them are one stretch, which has a single backward.
     "dropouts, layer by layer": (_layer_by_layer, lambda: _tower(nn.Dropout(0.4), nn.Tanh(), nn.Dropout(0.4)), 2),
     "norms, layer by layer": (_layer_by_layer, lambda: _tower(nn.BatchNorm1d(5), nn.Sigmoid(), nn.BatchNorm1d(5)), 2),
+    # The layers in front are a network, too, although only by the least cost that these tests set.
+    "behind layers without parameters": (_behind_a_cat, _tower, 4),
     "norms, tower by tower": (_one_by_one, lambda: _tower(nn.BatchNorm1d(5), nn.Sigmoid()), 3),
 }
 
@@ -562,7 +569,7 @@ def test_parts_that_are_not_connected_go_backward_apart(name: str, passes: set[i
     """Two critics, or an ensemble: each has a loss and an optimizer of its own, and one steps before the next goes
     backward."""
     forward, tower, count = _APART[name]
-    stock, fused = _pair(lambda: By(forward, first=tower(), second=tower(), third=tower()))
+    stock, fused = _pair(lambda: By(forward, first=tower(), second=tower(), third=tower(), drop=nn.Dropout(0.2)))
     results: list[Any] = []
     for model in (stock, fused):
         torch.manual_seed(2)

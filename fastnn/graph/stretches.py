@@ -9,8 +9,8 @@ path from one of them to another passes a border.
 
 Under autograd a caller may ask for gradients at several times and places. What the model returns is a border for the
 layers that take it, because a caller may ask for gradients with respect to it. A stretch then has only layers that are
-connected by more than a detach, because a caller may go backward through each part in a call of its own: two critics in
-one module are two stretches, and so are features and a probe of what they give, detached.
+connected by values with gradients, because a caller may go backward through each part in a call of its own: two critics
+in one module are two stretches, and so are features and a probe of what they give, detached.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ class _Layer:
     lines: Sequence[Line]
     counters: Sequence[tuple[Any, Any]]
     has_effect: bool  # draws random numbers, or changes statistics
+    has_gradients: bool  # takes parameters, or what is made with them
     cost: int = 0  # as a function of autograd: see _COST_IN_PYTHON
     calls: int = 0  # how many calls the node is in inference
 
@@ -263,6 +264,9 @@ class _Reading:
         self.stretches: dict[int, list[_Stretch]] = {}  # by level, in the order in which they run
         self.borders: dict[int, list[Node]] = {}
         self.stretch_of: dict[Value, _Stretch] = {}  # of each value that a line gives
+        # The inputs, what layers without parameters make of them, and what is detached. (Where an input does have a
+        # gradient, such layers give it as a stretch of their own, or as functions of torch's.)
+        self.without_gradients = {self.reader.values[node] for node in self.inputs}
 
     # ---- what each node is ------------------------------------------------------------------------------------------
 
@@ -299,6 +303,8 @@ class _Reading:
                 if node in self.prologue.before:
                     self.borders.setdefault(_BEFORE, []).append(node)
                     reader.give(node)
+                    if node in reader.values:
+                        self.without_gradients.add(reader.values[node])
                     continue
                 level = max((levels.get(one, 0) + self._is_returned(one) for one in node.all_input_nodes), default=0)
                 level = max(level, last_drawn)
@@ -364,7 +370,16 @@ class _Reading:
         self.reader.read(node)
 
     def _layer_of(self, node: Node, lines: Sequence[Line], counters: Sequence[Any], has_effect: bool) -> _Layer:
-        layer = _Layer(node, lines, counters, has_effect)
+        has_gradients = False
+        for line in lines:
+            taken = {self.reader.forms.get(value, (value, ""))[0] for value in line.taken()}
+            tensors = (value.tensor for values in line.inputs.values() for value in values)
+            of_parameters = any(isinstance(tensor, nn.Parameter) for tensor in tensors)
+            of_parameters = of_parameters or not taken <= self.without_gradients
+            has_gradients = has_gradients or of_parameters
+            if line.layer == "detach" or not of_parameters:
+                self.without_gradients.update(line.outputs)
+        layer = _Layer(node, lines, counters, has_effect, has_gradients)
         costs = [_COSTS.get(line.layer, 1) for line in lines if line.layer not in VIEWS]
         if costs and node.op == "call_module" and next(self.modules[str(node.target)].children(), None) is not None:
             layer.cost, layer.calls = sum(costs), len(costs)  # a module of others, such as an attention
@@ -373,12 +388,10 @@ class _Reading:
         return layer
 
     def _connected(self, layers: Sequence[_Layer]) -> list[_Stretch]:
-        """Divides the layers of a level into those that are connected by more than a detach, in an order in which they
-        can run: what is detached comes first, and random numbers and statistics keep their order. Layers that have no
-        such order otherwise are one stretch, too."""
+        """Divides the layers of a level into those that are connected by values with gradients, in an order in which
+        they can run: random numbers and statistics keep their order, too. Layers that have no such order otherwise are
+        one stretch."""
         maker = {value: layer for layer in layers for line in layer.lines for value in line.outputs}
-        ends = [layer.lines[-1] for layer in layers if layer.lines[-1].layer == "detach"]
-        detached = {value for line in ends if maker.keys() & set(line.taken()) for value in line.outputs}
         forms, group_of = self.reader.forms, {layer: [layer] for layer in layers}
 
         def join(some: Iterable[_Layer]) -> None:
@@ -387,13 +400,22 @@ class _Reading:
                 group_of.update(dict.fromkeys(group, largest))
                 largest += group
 
-        before: list[tuple[_Layer, _Layer]] = []
+        before: list[tuple[_Layer, _Layer]] = []  # by values without gradients
         for layer in layers:
             for value in {forms.get(value, (value, ""))[0] for line in layer.lines for value in line.taken()}:
-                if value in detached and maker[value] is not layer:
-                    before.append((maker[value], layer))
-                elif value in maker:
-                    join((maker[value], layer))
+                source = maker.get(value, layer)
+                if source is not layer and value in self.without_gradients:
+                    before.append((source, layer))
+                else:
+                    join((source, layer))
+        # A layer without gradients goes with those that take what it gives, unless that would connect them.
+        takers: dict[_Layer, list[_Layer]] = {}
+        for layer, taker in before:
+            takers.setdefault(layer, []).append(taker)
+        for layer in reversed(layers):
+            groups = {id(group_of[taker]): taker for taker in takers.get(layer, ())}
+            if not layer.has_gradients and len(groups) == 1:
+                join((layer, *groups.values()))
         before += pairwise(layer for layer in layers if layer.has_effect)
         while True:
             first_of = {layer: group_of[layer][0] for layer in layers}  # which stands for its group
