@@ -80,6 +80,7 @@ class Binding:
         for container in (*reading.owners, optimizer.param_groups, optimizer.state, *optimizer.state.values()):
             self._guard.note_contents(container)
         self._guard.seal()
+        self._class_step = type(optimizer).step
 
     def trained(self, each: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The parameters that are trained; or, from a list with an element for each parameter, their elements."""
@@ -96,6 +97,7 @@ class Binding:
     def _tensors_hold(self, max_norm: float | None, keep_gradients: bool) -> bool:
         return (
             self._guard.holds()
+            and type(self._optimizer).step is self._class_step
             and self._flags == list(map(self._read_flags, self.parameters))
             and (self._max_norm, self.keeps_gradients) == (max_norm, keep_gradients)
         )

@@ -121,8 +121,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     row = OPTIMIZERS.get(type(optimizer))
     if row is None:
         raise NotANetworkError(f"the optimizer is {type(optimizer).__name__}")
+    class_step = type(optimizer).step
     own_step = optimizer.__dict__.get("step")  # schedulers put a step there that calls the class's
-    if own_step is not None and getattr(own_step, "__wrapped__", None) is not type(optimizer).step:
+    if (own_step is not None and getattr(own_step, "__wrapped__", None) is not class_step) or not _is_of_torch(
+        class_step
+    ):
         raise NotANetworkError("the optimizer's step has been replaced")
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable"):
@@ -130,6 +133,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         settings = [group.get(name) for name in row.group_settings]
         if any(isinstance(one, Tensor) for one in _flatten(settings)):  # it could change in place, unseen
             raise NotANetworkError("a setting of the optimizer is a tensor")
+
+
+def _is_of_torch(step: Any) -> bool:
+    """Whether torch.optim has defined a method ``step`` and each function that it wraps. A function's globals tell
+    that, because functools.wraps copies its name and its module."""
+    while step is not None:
+        if not getattr(step, "__globals__", {}).get("__name__", "").startswith("torch.optim."):
+            return False
+        step = getattr(step, "__wrapped__", None)
+    return True
 
 
 def _flatten(values: Sequence[Any]) -> list[Any]:

@@ -1664,6 +1664,31 @@ def test_an_optimizers_step_that_is_replaced_is_called() -> None:
     assert "the optimizer's step has been replaced" in step.explain()
 
 
+@pytest.mark.parametrize("is_bound", [False, True])
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("loss", [F.mse_loss, lambda output, target: torch.linalg.norm(output - target)])
+def test_a_step_that_is_replaced_on_the_optimizers_class_is_called(
+    is_bound: bool, wraps: bool, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """functools.wraps copies the name, module and attributes of torch's function to the one in its place."""
+    model, calls = small(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = fastnn.training_step(model, loss, optimizer)
+    if is_bound:
+        step(*small_batch())
+    real = torch.optim.SGD.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", functools.wraps(real)(counted) if wraps else counted)
+    for number in range(3):
+        step(*small_batch())
+        assert len(calls) == number + 1
+    assert "the optimizer's step has been replaced" in step.explain()
+
+
 def test_l1_loss_at_nan() -> None:
     model = small()
     mine, (x, y) = copy.deepcopy(model), small_batch()
