@@ -15,6 +15,7 @@ from conv_cases import (
     RAW_ALGORITHM,
     RAW_BACKWARD,
     RAW_WITH_WINNERS,
+    assert_like_stock,
     error_of,
     flat,
     geometry,
@@ -132,6 +133,12 @@ class TestBadInput:
                 operator(input, weight, None, flat(arguments))
         with pytest.raises(RuntimeError, match="too large"):
             FUSED[dims](input, weight, None, *arguments)
+
+    def test_stride_beyond_the_image(self) -> None:
+        """A stride that leaves one pixel needs no memory, though a window of the pool reaches over two strides."""
+        input, weight, bias = make((1, 2, 9, 9), 4, (3, 3))
+        arguments = geometry(2, stride=(2**30, 1), padding=1, pool=(2, 2), pool_stride=1, pool_padding=(1, 0))
+        assert_like_stock([input, weight, bias], arguments)
 
     def test_elements_without_memory(self) -> None:
         """Tensors that are expanded take no more time than there is memory to copy them to."""

@@ -123,6 +123,18 @@ class TestAlgorithms:
             assert torch.equal(winners == 255, output <= 0)
             assert torch.equal(RAW(input, weight, bias, flat(arguments)).nan_to_num(), output.nan_to_num())
 
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_sums_over_many_images(self, algorithm: str, instruction_set: str) -> None:
+        """The bias's gradient is the sum of equal terms, which a running sum in float32 would round ever more."""
+        groups, images = (4 if algorithm == "depthwise" else 1), 60000
+        input, weight = torch.ones(images, 4, 3, 3), torch.ones(4, 4 // groups, 3, 3)
+        arguments = flat(geometry(2, padding=1, groups=groups, pool=1))
+        output, winners = RAW_WITH_WINNERS(input, weight, None, arguments)
+        gradient = torch.full((), 0.1).expand_as(output)
+        made = RAW_BACKWARD(gradient, winners, input, weight, arguments, True, True, True, algorithm)[2]
+        exact = gradient.double().sum((0, 2, 3))
+        assert_close_to_reference(made, exact.float(), exact)
+
     def test_there_is_no_other(self) -> None:
         input, weight, _ = make((1, 2, 6, 6), 3, (3, 3))
         with pytest.raises(RuntimeError, match="there is no algorithm 'pixels'"):

@@ -78,6 +78,16 @@ void sum_parts(C* parts, int64_t count, int64_t size, int64_t threads) {
   });
 }
 
+// The bias's gradient, which is the sum of the threads' private parts [part][channel].
+template <class T>
+void store_bias_gradient(const ConvBackwardKernels<T>& kernels, double* parts, int64_t count, const Tensor& grad_bias) {
+  const int64_t channels = grad_bias.numel();
+  sum_parts(parts, count, channels, 1);
+  const Scratch<Compute<T>> rounded(channels);
+  std::copy(parts, parts + channels, rounded.get());
+  kernels.store(rounded.get(), channels, mutable_data<T>(grad_bias));
+}
+
 // Runs backward by the plan of `call`, whose algorithm is not `stock`. Gradients that are not wanted are empty.
 template <class T>
 void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, double work, const Wanted& wanted,
@@ -101,11 +111,11 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
   Scratch<C> packed(wanted.input ? plan.packed_size : 0);
   Scratch<C> weight_parts(checked_product(parts, weight_size));
   Scratch<C> weight_lost(plan.keeps_lost ? checked_product(parts, weight_size) : 0);
-  Scratch<C> bias_parts(checked_product(parts, bias_size));
+  const Scratch<double> bias_parts(checked_product(parts, bias_size));
   Scratch<char> scratch(checked_product(parts * block_parts, scratch_size));
   call.packed = packed.get();
   if (wanted.input) kernels.pack(call);
-  std::fill(bias_parts.get(), bias_parts.get() + parts * bias_size, C(0));
+  std::fill(bias_parts.get(), bias_parts.get() + parts * bias_size, 0.0);
   parallel_chunks(parts * block_parts, parts * block_parts, [&](int64_t chunk, int64_t, int64_t) {
     const int64_t part = chunk / block_parts, image_part = part / pixel_parts, block_part = chunk % block_parts;
     const int64_t first_block = blocks * block_part / block_parts, last_block = blocks * (block_part + 1) / block_parts;
@@ -119,16 +129,15 @@ void run_backward(const ConvBackwardKernels<T>& kernels, ConvBackward<T>& call, 
     C* weight_part = wanted.weight ? weight_parts.get() + part * weight_size : nullptr;
     C* lost_part = wanted.weight && plan.keeps_lost ? weight_lost.get() + part * weight_size : nullptr;
     if (lost_part) std::fill(lost_part + first_block * block_size, lost_part + last_block * block_size, C(0));
-    C* bias_part = bias_parts.get() + part * bias_size;
+    double* bias_part = bias_parts.get() + part * bias_size;
     kernels.run(call, piece, weight_part, lost_part, wanted.bias ? bias_part : nullptr,
                 scratch.get() + chunk * scratch_size);
   });
   sum_parts(weight_parts.get(), parts, weight_size, threads);
-  sum_parts(bias_parts.get(), parts, bias_size, 1);
   if (wanted.weight) {
     kernels.unpack_weight(call, weight_parts.get(), mutable_data<T>(grad_weight), PlainImages(grad_weight).layout);
   }
-  if (wanted.bias) kernels.store(bias_parts.get(), bias_size, mutable_data<T>(grad_bias));
+  if (wanted.bias) store_bias_gradient(kernels, bias_parts.get(), parts, grad_bias);
 }
 
 // The bias's gradient: sums of the output's gradient, whose images lie as `layout` says. Where a channel's pixels lie

@@ -139,7 +139,6 @@ ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& we
     g.kernel[d] = given ? weight[i + 2] : 1;
     FASTNN_CHECK(g.input[d] < kLargest && g.kernel[d] < kLargest, op,
                  ": a dimension is too large, expected less than 2**31");
-    g.stride[d] = given ? a.stride[i] : 1;
     g.padding[d] = given ? a.padding[i] : 0;
     g.padding_end[d] = given && !ends.padding.empty() ? ends.padding[static_cast<size_t>(i)] : g.padding[d];
     g.dilation[d] = given ? a.dilation[i] : 1;
@@ -147,6 +146,8 @@ ConvPoolGeometry geometry_of(const char* op, const Sizes& input, const Sizes& we
     g.pool_stride[d] = given ? a.pool_stride[i] : 1;
     g.pool_padding[d] = given ? a.pool_padding[i] : 0;
     g.pool_dilation[d] = given ? a.pool_dilation[i] : 1;
+    // A larger stride leaves one pixel too. Kernels copy what lies between two pixels that a window of the pool covers.
+    g.stride[d] = given ? std::min(a.stride[i], std::max<int64_t>(g.padded(d), 1)) : 1;
     g.conv[d] = g.whole_conv(d);
     if (given && !ends.crop.empty()) g.conv[d] = std::max<int64_t>(0, g.conv[d] - ends.crop[static_cast<size_t>(i)]);
     g.output[d] =

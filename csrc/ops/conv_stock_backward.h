@@ -50,7 +50,6 @@ inline Tensor with_strides(Tensor tensor, bool channels_last) {
 template <class T>
 Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProblem& problem,
                        const ConvBackward<T>& call, const Tensor& grad_bias) {
-  using C = Compute<T>;
   const ConvPoolGeometry& g = problem.geometry;
   const int64_t channels = g.groups * g.out_channels, pixels = g.conv[0] * g.conv[1] * g.conv[2];
   Ints sizes = {g.batch, channels};
@@ -59,14 +58,13 @@ Tensor spread_gradient(const ConvBackwardKernels<T>& kernels, const ConvPoolProb
   const int64_t threads = std::min(useful_threads(10.0 * g.batch * pixels * channels), g.batch);
   const int64_t scratch_size = whole_lines(kernels.scratch_size(call));
   const Scratch<char> scratch(checked_product(threads, scratch_size));
-  const Scratch<C> bias_parts(checked_product(threads, channels));
-  std::fill(bias_parts.get(), bias_parts.get() + threads * channels, C(0));
+  const Scratch<double> bias_parts(checked_product(threads, channels));
+  std::fill(bias_parts.get(), bias_parts.get() + threads * channels, 0.0);
   parallel_chunks(threads, g.batch, [&](int64_t chunk, int64_t first, int64_t last) {
     kernels.spread(call, first, last, mutable_data<T>(grad_conv), bias_parts.get() + chunk * channels,
                    scratch.get() + chunk * scratch_size);
   });
-  sum_parts(bias_parts.get(), threads, channels, 1);
-  if (grad_bias.numel() > 0) kernels.store(bias_parts.get(), channels, mutable_data<T>(grad_bias));
+  if (grad_bias.numel() > 0) store_bias_gradient(kernels, bias_parts.get(), threads, grad_bias);
   return grad_conv;
 }
 

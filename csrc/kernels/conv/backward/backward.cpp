@@ -63,7 +63,7 @@ void pack(const ConvBackward<T>& call) {
 
 template <class T>
 void run(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight, Compute<T>* lost,
-         Compute<T>* grad_bias, void* scratch) {
+         double* grad_bias, void* scratch) {
   switch (call.plan->algorithm) {
     case BackwardAlgorithm::taps:
       return backward_taps(call, piece, grad_weight, lost, grad_bias, scratch);
@@ -95,7 +95,7 @@ void unpack_weight(const ConvBackward<T>& call, const Compute<T>* grad_weight, T
 }
 
 template <class T>
-void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, Compute<T>* grad_bias, void* scratch) {
+void spread(const ConvBackward<T>& call, int64_t first, int64_t last, T* to, double* grad_bias, void* scratch) {
   Parts memory(scratch);
   SpreadWorker<T>(call, memory).run(first, last, to, grad_bias);
 }

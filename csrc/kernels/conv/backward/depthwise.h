@@ -165,7 +165,7 @@ class DepthwiseBackwardWorker {
     bias_ = memory.take<double>(s_.multiplier * kLanes<C>);
   }
 
-  void run(int64_t image, int64_t block, C* grad_weight, C* lost, C* grad_bias) {
+  void run(int64_t image, int64_t block, C* grad_weight, C* lost, double* grad_bias) {
     const int64_t group = block * kLanes<C>, lanes = smaller(kLanes<C>, g_.groups - group);
     const int axis = call_.plan->image.axis;
     fill_zeros(bias_, s_.multiplier * kLanes<C>);
@@ -224,7 +224,7 @@ class DepthwiseBackwardWorker {
 
 template <class T>
 void backward_depthwise(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight,
-                        Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+                        Compute<T>* lost, double* grad_bias, void* scratch) {
   Parts memory(scratch);
   DepthwiseBackwardWorker<T> worker(call, grad_weight != nullptr, memory);
   const int64_t size = call.plan->weight_size / call.plan->blocks, blocks = piece.last_block - piece.first_block;

@@ -50,14 +50,14 @@ struct ConvBackwardKernels {
   // out_channels); either may be null. lost: zeros of the weight's size, to which what is rounded off is added, if the
   // plan keeps it; else null.
   void (*run)(const ConvBackward<T>&, const ConvBackwardPiece&, Compute<T>* grad_weight, Compute<T>* lost,
-              Compute<T>* grad_bias, void* scratch);
+              double* grad_bias, void* scratch);
   // Writes a private weight gradient in the weight's layout.
   void (*unpack_weight)(const ConvBackward<T>&, const Compute<T>* grad_weight, T* to, const ConvLayout& layout);
   void (*store)(const Compute<T>* from, int64_t count, T* to);
   // Whether each argmax is a position that its window has.
   bool (*winners_are_valid)(const ConvPoolGeometry&, const uint8_t* winners, const ConvLayout&);
   // For `stock`: computes the gradient of the convolution's output (spread.h).
-  void (*spread)(const ConvBackward<T>&, int64_t first_image, int64_t last_image, T* to, Compute<T>* grad_bias,
+  void (*spread)(const ConvBackward<T>&, int64_t first_image, int64_t last_image, T* to, double* grad_bias,
                  void* scratch);
   // The same where windows are one pixel and all tensors have the same layout.
   void (*mask_dead)(const T* gradient, const uint8_t* winners, int64_t count, T* to);

@@ -21,7 +21,7 @@ class SpreadWorker {
   }
 
   // Images [first, last) of the gradient, channels last and dense, and what they add to the bias's gradient.
-  void run(int64_t first, int64_t last, T* to, C* grad_bias) {
+  void run(int64_t first, int64_t last, T* to, double* grad_bias) {
     const ConvPoolGeometry& g = call_.geometry;
     fill_zeros(bias_, round_up(channels_, width_));
     for (int64_t image = first; image < last; ++image) {

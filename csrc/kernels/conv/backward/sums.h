@@ -55,10 +55,10 @@ void add_lost(const ConvBackward<T>& call, const ConvBackwardPiece& piece, C* gr
   }
 }
 
-// The bias's gradient of `count` channels, `step` apart.
-template <class C>
-void add_bias(const double* from, int64_t count, C* to, int64_t step = 1) {
-  for (int64_t o = 0; o < count; ++o) to[o * step] += static_cast<C>(from[o]);
+// Adds to the sums of `count` channels, `step` apart, of the bias's gradient. They are double, since each image adds to
+// them, and there may be many images.
+FASTNN_INLINE void add_bias(const double* from, int64_t count, double* to, int64_t step = 1) {
+  for (int64_t o = 0; o < count; ++o) to[o * step] += from[o];
 }
 
 // A piece's conv pixels along the window's axis.

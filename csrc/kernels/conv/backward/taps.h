@@ -131,7 +131,7 @@ class TapsWorker {
   }
 
   // A group of an image, the conv pixels `pixels` along the axis. `fresh`: there is nothing yet in grad_weight.
-  void run(int64_t image, int64_t group, const Range& pixels, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
+  void run(int64_t image, int64_t group, const Range& pixels, bool fresh, C* grad_weight, C* lost, double* grad_bias) {
     image_ = image;
     group_ = group;
     fill_zeros(bias_, g_.out_channels);
@@ -145,7 +145,7 @@ class TapsWorker {
 
  private:
   // The conv pixels [first, last) along the axis that the window moves along.
-  void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
+  void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, double* grad_bias) {
     for (int64_t channel = 0; channel < g_.out_channels; channel += s_.channels) {
       const int64_t channels = smaller(s_.channels, g_.out_channels - channel);
       bool is_fresh = fresh;
@@ -219,7 +219,7 @@ void unpack_taps(const ConvBackward<T>& call, const Compute<T>* from, T* to, con
 
 template <class T>
 void backward_taps(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight,
-                   Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+                   Compute<T>* lost, double* grad_bias, void* scratch) {
   Parts memory(scratch);
   TapsWorker<T> worker(call, grad_weight != nullptr, memory);
   worker.prepare();

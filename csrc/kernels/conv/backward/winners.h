@@ -39,7 +39,7 @@ class WinnersWorker {
   // Blocks [first, last) of one group of an image, the conv pixels `pixels` along the axis. The gradients are null
   // where they are not wanted. `fresh`: there is nothing yet in grad_weight.
   void run(int64_t image, int64_t group, int64_t first, int64_t last, const Range& pixels, bool fresh, C* grad_weight,
-           C* lost, C* grad_bias) {
+           C* lost, double* grad_bias) {
     image_ = image;
     group_ = group;
     blocks_ = last - first;
@@ -57,7 +57,7 @@ class WinnersWorker {
 
  private:
   // The conv pixels [first, last) along the axis that the window moves along.
-  void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, C* grad_bias) {
+  void run_window(int64_t first, int64_t last, bool fresh, C* grad_weight, C* lost, double* grad_bias) {
     for (int64_t channel = 0; channel < g_.out_channels; channel += width_) {
       const int64_t channels = smaller(width_, g_.out_channels - channel);
       const int64_t at = ((group_ * s_.blocks + first_) * g_.out_channels + channel) * s_.row;
@@ -104,7 +104,7 @@ class WinnersWorker {
 
 template <class E, class T>
 void backward_winners(const ConvBackward<T>& call, const ConvBackwardPiece& piece, Compute<T>* grad_weight,
-                      Compute<T>* lost, Compute<T>* grad_bias, void* scratch) {
+                      Compute<T>* lost, double* grad_bias, void* scratch) {
   Parts memory(scratch);
   WinnersWorker<T, E> worker(call, grad_weight != nullptr, memory);
   worker.prepare();
