@@ -1,4 +1,4 @@
-"""Large recurrent layers, whose gradients of weights and input are torch's own products of all rows
+"""Large recurrent layers, whose gradients of weights and input are products of all rows
 (csrc/ops/rnn_large.h)."""
 
 import pytest

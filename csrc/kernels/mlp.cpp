@@ -179,8 +179,8 @@ constexpr MlpElementwise<T> elementwise() {
 
 template <class T>
 constexpr MlpKernels<T> kernels() {
-  return {make_plan<T>,        worth_packing<T>,         packed_size<T>, pack_part<T>, scratch_size<T>, forward<T>,
-          forward_together<T>, backward_scratch_size<T>, kFewRows,       backward<T>,  multiply<T>};
+  return {make_plan<T>, worth_packing<T>,    packed_size<T>,           pack_part<T>, scratch_size<T>,
+          forward<T>,   forward_together<T>, backward_scratch_size<T>, kFewRows,     backward<T>};
 }
 
 }  // namespace

@@ -47,22 +47,6 @@ struct MlpLayerBackward {
   T* lost;         // (out) of scratch, beside grad_bias
 };
 
-// A product of matrices: output (rows, columns) = a b, added to what is there if `add`. Element (r, k) of `a` lies at
-// a[r * a_row + k * a_depth]. The rows of b (depth, columns) and of the output lie `b_row` and `output_row` apart.
-// The tiles of a panel of columns are computed one below the other before the next panel's; if `rows_first`, those of a
-// strip of rows side by side before the next strip's.
-template <class T>
-struct Product {
-  int64_t rows, columns, depth;
-  const T* a;
-  int64_t a_row, a_depth;
-  const T* b;
-  int64_t b_row;
-  T* output;
-  int64_t output_row;
-  bool rows_first, add;
-};
-
 template <class T>
 struct MlpKernels {
   // The fastest plan for layers of these widths (the input's, then each layer's output).
@@ -87,7 +71,6 @@ struct MlpKernels {
   int64_t few_rows;
   void (*backward)(const MlpLayerBackward<T>* layers, int64_t count, const T* grad_output, T* grad_input,
                    int64_t first_row, int64_t last_row, T* scratch, Member& member);
-  void (*multiply)(const Product<T>& product);
 };
 
 // What our kernels compute where torch computes the matrix products.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mlp_layer.h"
+#include "product_tiles.h"
 
 namespace fastnn {
 namespace FASTNN_ISA {
@@ -9,9 +10,6 @@ namespace FASTNN_ISA {
 // So many rows are taken together: as many as one sum may have, so that a weight's gradient is read and written as few
 // times as possible.
 constexpr int64_t kGradientRows = kLongestSum;
-
-// So few rows of a product's left factor do not fill a tile's registers.
-constexpr int kFewRows = 4;
 
 // This member's part of `count` things. It is whole vectors.
 template <class T>
@@ -37,42 +35,6 @@ const T* through_activation(const MlpLayerBackward<T>& layer, const T* source, i
   });
   member.end_round();
   return buffer;
-}
-
-// Computes a product tile by tile.
-template <class T>
-void multiply(const Product<T>& p) {
-  const int64_t m = p.rows, n = p.columns;
-  const auto tile = [&](auto count, auto width, int64_t row, int64_t column, int last) {
-    constexpr int rows = decltype(count)::value, vectors = decltype(width)::value;
-    T* to = p.output + row * p.output_row + column;
-    Vec<T> total[rows][vectors];
-    multiply_tile<rows, vectors>(p.depth, p.a + row * p.a_row, p.a_row, p.a_depth, p.b + column, p.b_row, last, total);
-    // A block is summed by itself and then added to the others, since rounding errors grow with the length of a sum.
-    if (p.add) {
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          total[r][v] += load_up_to<T>(to + r * p.output_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last);
-        }
-      }
-    }
-    store_tile<rows, vectors, T>(total, last, to, p.output_row, [](Vec<T> x, int) { return x; });
-  };
-  // A tile goes down the rows of `b`, which may be a page each. Few rows of `a` leave registers for wider tiles.
-  int64_t column = 0;
-  if (m > 0 && m <= kFewRows) {
-    with_constant<kFewRows>(static_cast<int>(m), [&](auto count) {
-      constexpr int spare = kTileRows / decltype(count)::value, vectors = spare > 4 ? 4 : spare;
-      for (; column + vectors * kLanes<T> <= n; column += vectors * kLanes<T>) {
-        tile(count, Constant<vectors>{}, 0, column, kLanes<T>);
-      }
-    });
-  }
-  for_each_tile<T>(m, n - column, p.rows_first, [&](auto count, auto width, int64_t row, int64_t right, int last) {
-    tile(count, width, row, column + right, last);
-  });
 }
 
 // total (columns) = the sum of the rows, for the columns `which`, added to what is there if `add`. `lost` (columns) is
@@ -138,10 +100,10 @@ void multiply_by_input(const MlpLayerBackward<T>& layer, const T* gradient, cons
   if (!is_narrow(layer)) {
     const Share which = member.share(layer.out);
     return multiply<T>({which.last - which.first, layer.in, rows, gradient + which.first, 1, layer.out, input, layer.in,
-                        layer.grad_weight + which.first * layer.in, layer.in, rows < kRowsForPanels, add});
+                        1, layer.grad_weight + which.first * layer.in, layer.in, add, rows < kRowsForPanels});
   }
   if (member.share(1).empty()) return;
-  multiply<T>({layer.in, layer.out, rows, input, 1, layer.in, gradient, layer.out, turned, layer.out, false, false});
+  multiply<T>({layer.in, layer.out, rows, input, 1, layer.in, gradient, layer.out, 1, turned, layer.out});
   for (int64_t o = 0; o < layer.out; ++o) {
     for (int64_t i = 0; i < layer.in; ++i) {
       T& to = layer.grad_weight[o * layer.in + i];
@@ -191,8 +153,8 @@ void multiply_by_weight(const MlpLayerBackward<T>& layer, const T* gradient, int
                         const Member& member) {
   if (!is_narrow(layer)) {
     if (rows > kFewRows) {  // a team of several members never has so many rows
-      return multiply<T>({rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, layer.in, output, layer.in,
-                          stays_in_cache<T>(layer.out, layer.in), false});
+      return multiply<T>({rows, layer.in, layer.out, gradient, layer.out, 1, layer.weight, layer.in, 1, output,
+                          layer.in, false, stays_in_cache<T>(layer.out, layer.in)});
     }
     return with_constant<kFewRows>(static_cast<int>(rows), [&](auto constant) {
       multiply_along_weight<decltype(constant)::value>(layer, gradient, output, share_vectors<T>(member, layer.in));

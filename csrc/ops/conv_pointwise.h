@@ -49,7 +49,7 @@ class Pointwise {
     const int64_t size = checked_product(inputs_, outputs_);
     const int64_t items = parts * splits, chunks = std::min(threads, items), longest = std::min(kSlice, pixels_);
     const Scratch<float> sums(checked_product(parts, size)), turned(checked_product(chunks * longest, columns));
-    const auto& kernels = mlp_kernels().get<float>();
+    const auto& kernels = product_kernels().get<float>();
     const auto& elementwise = elementwise_kernels().get<float>();
     const auto sum_part = [&](int64_t item, float* side_by_side) {
       const int64_t part = item / splits, split = item % splits;
@@ -61,8 +61,8 @@ class Pointwise {
         elementwise.transpose(right + image * columns * pixels_ + start, pixels_, columns, count, side_by_side,
                               columns);
         kernels.multiply({last_row - first_row, columns, count, left + (image * rows + first_row) * pixels_ + start,
-                          pixels_, 1, side_by_side, columns, sums.get() + part * size + first_row * columns, columns,
-                          false, slice > first});
+                          pixels_, 1, side_by_side, columns, 1, sums.get() + part * size + first_row * columns, columns,
+                          slice > first});
       }
     };
     parallel_chunks(chunks, items, [&](int64_t chunk, int64_t first, int64_t last) {
@@ -87,7 +87,7 @@ class Pointwise {
     const int64_t in_image = planner::divide_up(pixels_, run_pixels), runs = images_ * in_image;
     const double work = static_cast<double>(a.rows) * a.columns * pixels_ * images_;
     const int64_t threads = useful_threads(work), splits = std::min(a.rows, planner::divide_up(threads, runs));
-    const auto& kernels = mlp_kernels().get<float>();
+    const auto& kernels = product_kernels().get<float>();
     const auto multiply_run = [&](int64_t item) {
       const int64_t image = item / splits / in_image, start = item / splits % in_image * run_pixels;
       const int64_t count = std::min(run_pixels, pixels_ - start), split = item % splits;
@@ -95,7 +95,7 @@ class Pointwise {
       float* const to = output + (image * a.rows + first) * pixels_ + start;
       for (int64_t r = 0; bias && r < rows; ++r) std::fill_n(to + r * pixels_, count, bias[first + r]);
       kernels.multiply({rows, count, a.columns, a.data + first * a.row, a.row, a.column,
-                        input + image * a.columns * pixels_ + start, pixels_, to, pixels_, true, bias != nullptr});
+                        input + image * a.columns * pixels_ + start, pixels_, 1, to, pixels_, bias != nullptr, true});
       for (int64_t r = 0; r < rows; ++r) finish(output, to - output + r * pixels_, count);
     };
     const int64_t items = runs * splits;

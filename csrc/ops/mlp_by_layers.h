@@ -1,5 +1,5 @@
-// Computes mlp a layer at a time, by torch's own matrix products. Backward goes this way where the products are so
-// large that fusing them gains nothing. bfloat16 goes this way because torch multiplies it by instructions made for it,
+// Computes mlp a layer at a time, by products of whole matrices. Backward goes this way where the products are so large
+// that fusing them gains nothing. bfloat16 goes this way by torch's products, which have instructions made for it,
 // while our kernels widen it to float.
 #pragma once
 
@@ -8,8 +8,7 @@
 
 namespace fastnn {
 
-// Whether most of backward's work is large products. (In forward our kernels are as fast, and give the same bits for
-// any number of threads.)
+// Whether most of backward's work is large products. (In forward our fused kernels are as fast.)
 inline bool has_large_products(const Chain& chain) {
   double large = 0;
   for (int64_t i = 0; i < chain.layers(); ++i) {

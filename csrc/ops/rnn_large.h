@@ -1,5 +1,5 @@
 // Backward of large recurrent layers. Our kernels go through the steps. The gradients of the weights and of the layer's
-// input follow for all rows at once, by torch's own products.
+// input follow for all rows at once, by products of matrices.
 #pragma once
 
 #include <array>
@@ -25,8 +25,7 @@ inline GateRun hidden_gates_of(RnnMode mode) {
   return {mode == RnnMode::gru ? 1 : 0, 0, entry_of(mode).gates};
 }
 
-// Whether torch's products pay. With few sequences nearly all the time goes into the steps, and our kernels give the
-// same bits for any number of threads.
+// Whether products of all rows pay. With few sequences nearly all the time goes into the steps.
 inline bool has_large_products(const RnnProblem& problem) {
   constexpr int64_t kSequences = 8;
   return problem.kind.dtype != ScalarType::BFloat16 && problem.projected == 0 && problem.batch >= kSequences &&
