@@ -98,10 +98,11 @@ T sum(const T* from, int64_t count) {
   return sum_lanes<T>(all);
 }
 
-// The first `count` lanes, and zeros in the others.
+// The first `count` lanes, and `others` in the others.
 template <class T>
-FASTNN_INLINE Vec<T> first_lanes_of(Vec<T> x, int64_t count) {
-  T lanes[kLanes<T>] = {};
+FASTNN_INLINE Vec<T> first_lanes_of(Vec<T> x, int64_t count, T others = 0) {
+  T lanes[kLanes<T>];
+  store(lanes, broadcast<T>(others));
   store_up_to<T>(lanes, x, count);
   return load(lanes);
 }
@@ -133,21 +134,31 @@ void average(const T* const* places, int64_t count, int64_t step, int64_t window
   }
 }
 
+// The larger of two, or NaN if either is NaN.
+template <class V>
+FASTNN_INLINE V larger_or_nan(V x, V y) {
+  return ((x > y) | (x != x)) ? x : y;
+}
+
 template <class T>
-void softmax(const T* from, int64_t count, bool logarithm, T* to) {
+T softmax(const T* from, T factor, const T* added, int64_t count, bool logarithm, T* to) {
   const T lowest = -static_cast<T>(__builtin_inf());
   Vec<T> most = broadcast<T>(lowest);
-  int64_t first = 0;
-  for (; first + kLanes<T> <= count; first += kLanes<T>) most = larger_of(load(from + first), most);
-  // The maximum may ignore NaN, which makes all results NaN below.
-  for (; first < count; ++first) most = larger_of(broadcast<T>(from[first]), most);
-  T lanes[kLanes<T>], highest = lowest;
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    Vec<T> x = load_up_to<T>(from + i, left) * factor;
+    if (added) x += load_up_to<T>(added + i, left);
+    store_up_to<T>(to + i, x, left);
+    most = larger_or_nan(left < kLanes<T> ? first_lanes_of<T>(x, left, lowest) : x, most);
+  }
+  T lanes[kLanes<T>];
   store(lanes, most);
-  for (T lane : lanes) highest = lane > highest ? lane : highest;
+  T highest = lanes[0];
+  for (int i = 1; i < kLanes<T>; ++i) highest = lanes[i] > highest || lanes[i] != lanes[i] ? lanes[i] : highest;
   Vec<T> sums = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const int64_t left = count - i;
-    const Vec<T> shifted = load_up_to<T>(from + i, left) - highest;
+    const Vec<T> shifted = load_up_to<T>(to + i, left) - highest;
     Vec<T> power = exp_of<T>(shifted);
     store_up_to<T>(to + i, logarithm ? shifted : power, left);
     if (left < kLanes<T>) power = first_lanes_of<T>(power, left);
@@ -158,6 +169,22 @@ void softmax(const T* from, int64_t count, bool logarithm, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
     const Vec<T> x = load_up_to<T>(to + i, count - i);
     store_up_to<T>(to + i, logarithm ? x - rest : x * rest, count - i);
+  }
+  return highest;
+}
+
+template <class T>
+void softmax_gradient(const T* softmax, const T* gradient, T factor, int64_t count, T* to) {
+  Vec<T> sums = {};
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    sums += load_up_to<T>(softmax + i, left) * load_up_to<T>(gradient + i, left);
+  }
+  const T sum = sum_lanes<T>(sums);
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const int64_t left = count - i;
+    const Vec<T> difference = load_up_to<T>(gradient + i, left) - sum;
+    store_up_to<T>(to + i, load_up_to<T>(softmax + i, left) * difference * factor, left);
   }
 }
 
@@ -218,8 +245,19 @@ void add_runs(const T* from, int64_t from_step, int64_t runs, int64_t length, T*
 
 template <class T>
 constexpr ElementwiseKernels<T> kernels() {
-  return {binary<T>,    sum_rows<T>, where<T>,   sum<T>,        largest<T>, average<T>,
-          copy_runs<T>, add_runs<T>, softmax<T>, layer_norm<T>, blend<T>,   transpose_matrix<T, T>};
+  return {binary<T>,
+          sum_rows<T>,
+          where<T>,
+          sum<T>,
+          largest<T>,
+          average<T>,
+          copy_runs<T>,
+          add_runs<T>,
+          softmax<T>,
+          softmax_gradient<T>,
+          layer_norm<T>,
+          blend<T>,
+          transpose_matrix<T, T>};
 }
 
 }  // namespace

@@ -47,8 +47,12 @@ struct ElementwiseKernels {
   // Adds runs of `length` elements that lie `from_step` and `to_step` apart: to[r * to_step + i] += from[r * from_step
   // + i] for r < runs.
   void (*add_runs)(const T* from, int64_t from_step, int64_t runs, int64_t length, T* to, int64_t to_step);
-  // Softmax of one row, or its logarithm.
-  void (*softmax)(const T* from, int64_t count, bool logarithm, T* to);
+  // Softmax of one row, from * factor + added, or its logarithm. `added` may be null. Returns the row's largest
+  // element, which is NaN if any element is; -inf for no elements.
+  T (*softmax)(const T* from, T factor, const T* added, int64_t count, bool logarithm, T* to);
+  // The gradient of softmax's input, times the factor, from the softmax and its gradient: to = factor * softmax *
+  // (gradient - sum(softmax * gradient)).
+  void (*softmax_gradient)(const T* softmax, const T* gradient, T factor, int64_t count, T* to);
   // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.
   void (*layer_norm)(const T* from, const T* weight, const T* bias, int64_t count, double epsilon, T* to);
   // to[i] = x[i] * (1 - part) + y[i] * part

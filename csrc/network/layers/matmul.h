@@ -1,9 +1,8 @@
-// matmul and attention, by torch: the product of two values, or of a value and a weight; and values that are weighted
-// by the softmax of products of queries and keys.
+// matmul and attention: the product of two values, or of a value and a weight; and values that are weighted by the
+// softmax of products of queries and keys.
 #pragma once
 
-#include "../../ops/stock.h"
-#include "../array.h"
+#include "../products.h"
 
 namespace fastnn {
 
@@ -15,20 +14,12 @@ class MatmulLayer : public Layer<T> {
   }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
-    const Ints &a = site.sizes(0), b = turned(site.sizes(1));
-    FASTNN_CHECK(a.size() >= 2 && b.size() >= 2, "expected matrices, got sizes ", to_string(a), " and ", to_string(b));
-    FASTNN_CHECK(a.back() == b[b.size() - 2], "mat1 and mat2 shapes cannot be multiplied (", to_string(a), " and ",
-                 to_string(b), ")");
-    Ints& sizes = site.outputs[0].sizes;
-    sizes = broadcast_sizes(Ints(a.begin(), a.end() - 2), Ints(b.begin(), b.end() - 2));
-    sizes.push_back(a[a.size() - 2]);
-    sizes.push_back(b.back());
+    site.outputs[0].sizes = sizes_of_product(site.sizes(0), turned(site.sizes(1)));
   }
   void run(const LayerCall<T>& call) const override {
-    const ValueType &a = call.site.inputs[0], &b = call.site.inputs[1], &output = call.site.outputs[0];
-    const Tensor to = tensor_over(call.output(0), output.sizes, output.strides());
-    stock("aten::matmul", "out", tensor_over(call.input(0), a.sizes, a.strides()),
-          tensor_over(call.input(1), turned(b.sizes), turned(b.strides())), to);
+    const ValueType &a = call.site.inputs[0], &b = call.site.inputs[1];
+    multiply_matrices<T>({call.input(0), a.sizes, a.strides()}, {call.input(1), turned(b.sizes), turned(b.strides())},
+                         call.output(0));
   }
 
  private:
@@ -41,8 +32,7 @@ class MatmulLayer : public Layer<T> {
 };
 
 // Query (..., queries, features), key (..., keys, features), value (..., keys, outputs) -> (..., queries, outputs), as
-// torch's scaled_dot_product_attention. A mask is added to the products of queries and keys. Torch multiplies long
-// sequences block by block, so that the products of all queries and keys need no memory.
+// torch's scaled_dot_product_attention. A mask is added to the products of queries and keys.
 template <class T>
 class AttentionLayer : public Layer<T> {
  public:
@@ -52,9 +42,13 @@ class AttentionLayer : public Layer<T> {
     if (line.has("mask")) this->inputs.push_back(line.input("mask"));
     if (line.real("dropout") != 0) line.refuse("a network that is not trained drops nothing");
   }
-  // What the products of queries and keys are multiplied by; torch's 1 / sqrt(features) where nothing is given.
+  // What the products of queries and keys are multiplied by, where it is given.
   static std::optional<double> scale_of(const ProgramLine& line) {
     return line.text("scale").empty() ? std::nullopt : std::optional<double>(line.real("scale"));
+  }
+  // The same for queries of these sizes: torch's 1 / sqrt(features) where nothing is given.
+  static T scale_for(const std::optional<double>& given, const Ints& query) {
+    return static_cast<T>(given ? *given : 1 / std::sqrt(static_cast<double>(query.back())));
   }
   bool reads_parts() const override { return true; }
   void set_sizes(Site<T>& site) const override {
@@ -75,15 +69,15 @@ class AttentionLayer : public Layer<T> {
     return sizes;
   }
   void run(const LayerCall<T>& call) const override {
-    const auto tensor = [&](size_t i) {
+    const auto matrices = [&](size_t i) {
       const ValueType& type = call.site.inputs[i];
-      return tensor_over(call.input(i), type.sizes, type.strides());
+      return Matrices<const T>(call.input(i), type.sizes, type.strides());
     };
-    const ValueType& output = call.site.outputs[0];
-    const Tensor found = stock("aten::scaled_dot_product_attention", "", tensor(0), tensor(1), tensor(2),
-                               call.site.inputs.size() > 3 ? OptionalTensor(tensor(3)) : OptionalTensor(), 0.0,
-                               is_causal_, scale_, false);
-    stock("aten::copy_", "", tensor_over(call.output(0), output.sizes, output.strides()), found, false);
+    const Matrices<const T> query = matrices(0), key = matrices(1), value = matrices(2);
+    std::optional<Matrices<const T>> mask;
+    if (call.site.inputs.size() > 3) mask = matrices(3);
+    Attention<T>(query, key, value, mask ? &*mask : nullptr, scale_for(scale_, query.sizes), is_causal_)
+        .forward(call.output(0));
   }
 
  private:

@@ -91,7 +91,7 @@ class SoftmaxLayer : public Layer<T> {
     const int64_t count = sizes.back(), rows = product(sizes, 0, sizes.size() - 1);
     parallel_range(rows, kSoftmaxWork * static_cast<double>(count), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        kernels.softmax(from + row * count, count, logarithm_, to + row * count);
+        kernels.softmax(from + row * count, T(1), nullptr, count, logarithm_, to + row * count);
       }
     });
   }

@@ -3,6 +3,7 @@
 
 #include "conv_transpose.h"
 #include "elementwise.h"
+#include "products.h"
 #include "reductions.h"
 #include "shape.h"
 

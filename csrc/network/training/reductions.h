@@ -1,9 +1,8 @@
-// Pools, means, upsampling, softmax, norms of rows, products and attention in training: torch's own, forward and
-// backward, but for the max-pool of contiguous images, which torch computes pixel by pixel.
+// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward, but for the
+// max-pool of contiguous images, which torch computes pixel by pixel.
 #pragma once
 
 #include "../../kernels/max_pool.h"
-#include "../layers/matmul.h"
 #include "../layers/normalize.h"
 #include "../layers/pool.h"
 #include "../layers/upsample.h"
@@ -531,134 +530,6 @@ class UpsampleTraining : public SizedTraining<T, UpsampleLayer> {
 
   Ints sizes_;         // of the output
   bool last_ = false;  // channels last
-};
-
-// Matrices (..., n, m) transposed to (..., m, n).
-inline Tensor turned(const Tensor& matrices) {
-  return stock("aten::transpose", "int", matrices, int64_t{-2}, int64_t{-1});
-}
-
-// The product of matrices (..., n, m) and (..., m, k), one for each element of the dimensions in front.
-template <class T>
-class MatmulTraining : public TrainingLayer<T> {
- public:
-  explicit MatmulTraining(const ProgramLine& line) {
-    this->inputs = {line.input("input"), line.input("other")};
-    if (line.flag("turns_other")) line.refuse("a product that is trained transposes nothing");
-  }
-  void forward(Tensor* outputs) override {
-    for (const Tensor& tensor : this->given) {
-      FASTNN_CHECK(tensor.dim() >= 2, kTrainingStep, ": expected matrices, got size ", to_string(tensor.sizes()));
-    }
-    outputs[0] = stock("aten::matmul", "", this->given[0], this->given[1]);
-  }
-  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const Tensor &a = this->given[0], &b = this->given[1];
-    if (wanted[0]) {
-      results[0].tensor = reduced(stock("aten::matmul", "", gradients[0], turned(b)), sizes_of(a));
-    }
-    if (wanted[1]) {
-      results[1].tensor = reduced(stock("aten::matmul", "", turned(a), gradients[0]), sizes_of(b));
-    }
-  }
-};
-
-// Attention of queries (..., queries, features) to keys and values. Torch multiplies queries and keys block by block
-// where it can, and we call its operator. Otherwise (with dropout, and for other ranks or strides) torch computes the
-// weights of all keys at once. We do the same, so that dropout draws the same numbers.
-template <class T>
-class AttentionTraining : public TrainingLayer<T> {
- public:
-  explicit AttentionTraining(const ProgramLine& line)
-      : is_causal_(line.flag("is_causal")),
-        given_scale_(AttentionLayer<T>::scale_of(line)),
-        drops_(probability(line, "dropout")) {
-    this->inputs = {line.input("query"), line.input("key"), line.input("value")};
-    this->take(line, {"mask"});
-  }
-  void forward(Tensor* outputs) override {
-    const Tensor &query = this->given[0], &key = this->given[1], &value = this->given[2];
-    const Ints sizes = sizes_of(query);
-    AttentionLayer<T>::sizes_of_output(sizes, sizes_of(key), sizes_of(value));
-    by_blocks_ = drops_ == 0 && sizes.size() == 4 && value.size(3) == sizes[3];
-    FASTNN_CHECK(!has_mask() || mask().dim() >= 2, kTrainingStep, ": expected a mask of at least 2 dimensions");
-    if (has_mask()) by_blocks_ &= mask().dim() == 2 || mask().dim() == 4;
-    for (size_t i = 0; i < 3; ++i) by_blocks_ &= this->given[i].numel() > 0 && this->given[i].strides().back() == 1;
-    if (by_blocks_) {
-      auto [output, logarithm] = stock_results<2>("aten::_scaled_dot_product_flash_attention_for_cpu", "", query, key,
-                                                  value, 0.0, is_causal_, optional_mask(), given_scale_);
-      output_ = std::move(output);
-      weights_ = std::move(logarithm);
-      outputs[0] = output_.borrow();
-      return;
-    }
-    scale_ = static_cast<T>(given_scale_ ? *given_scale_ : 1 / std::sqrt(static_cast<double>(sizes.back())));
-    Tensor scores = combined<T>(BinaryKind::mul, stock("aten::matmul", "", query, turned(key)), scale_, false);
-    if (is_causal_) hide_later_keys(scores);
-    if (has_mask()) {
-      const Ints expected = sizes_of(scores);
-      scores = combined<T>(BinaryKind::add, scores, mask());
-      FASTNN_CHECK(sizes_of(scores) == expected, kTrainingStep, ": a mask is larger than the scores");
-    }
-    // As torch has it, a query that sees no key gives 0.
-    weights_ = has_mask() ? stock("aten::_safe_softmax", "", scores, int64_t{-1}, std::optional<ScalarType>())
-                          : stock("aten::_softmax", "", scores, int64_t{-1}, false);
-    if (drops_ != 0) {
-      scales_ = new_like<T>(weights_);
-      draw_scales<T>(drops_, scales_);
-      dropped_ = combined<T>(BinaryKind::mul, weights_, scales_);
-    }
-    outputs[0] = stock("aten::matmul", "", dropped(), value);
-  }
-  void backward(const Tensor* gradients, const bool* wanted, Gradient<T>* results) override {
-    const Tensor &query = this->given[0], &key = this->given[1], &value = this->given[2], &gradient = gradients[0];
-    if (by_blocks_) {
-      std::array<Tensor, 3> all =
-          stock_results<3>("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", gradient, query, key,
-                           value, output_, weights_, 0.0, is_causal_, optional_mask(), given_scale_);
-      for (size_t i = 0; i < 3; ++i) {
-        if (wanted[i]) results[i] = {std::move(all[i]), nullptr, true};
-      }
-      return;
-    }
-    const auto product = [](const Tensor& a, const Tensor& b) { return stock("aten::matmul", "", a, b); };
-    Tensor of_weights = product(gradient, turned(value));
-    if (drops_ != 0) of_weights = combined<T>(BinaryKind::mul, of_weights, scales_);
-    const Tensor of_products =
-        stock("aten::_softmax_backward_data", "", of_weights, weights_, int64_t{-1}, kDtypeOf<T>);
-    const Tensor of_scores = combined<T>(BinaryKind::mul, of_products, scale_, false);
-    if (wanted[0]) results[0] = {product(of_scores, key), nullptr, true};
-    if (wanted[1]) results[1] = {product(turned(of_scores), query), nullptr, true};
-    if (wanted[2]) results[2] = {product(turned(dropped()), gradient), nullptr, true};
-  }
-  Tensor drawn() const override { return scales_; }
-  void release() override { output_ = weights_ = scales_ = dropped_ = Tensor(); }
-  void forget() override { release(); }
-
- private:
-  bool has_mask() const { return this->given.size() > 3; }
-  const Tensor& mask() const { return this->given[3]; }
-  OptionalTensor optional_mask() const { return has_mask() ? OptionalTensor(mask()) : OptionalTensor(); }
-  const Tensor& dropped() const { return drops_ != 0 ? dropped_ : weights_; }
-  // A query sees the keys up to its own place.
-  static void hide_later_keys(const Tensor& scores) {
-    const int64_t queries = scores.size(-2), keys = scores.size(-1);
-    if (keys == 0) return;
-    T* const to = mutable_data<T>(scores);
-    for (int64_t row = 0; row < scores.numel() / keys; ++row) {
-      const int64_t seen = std::min(keys, row % queries + 1);
-      std::fill(to + row * keys + seen, to + (row + 1) * keys, -std::numeric_limits<T>::infinity());
-    }
-  }
-
-  bool is_causal_;
-  std::optional<double> given_scale_;
-  double drops_;
-  bool by_blocks_ = false;
-  T scale_ = 1;
-  Tensor output_;   // block by block
-  Tensor weights_;  // of the keys; block by block, what torch keeps of them
-  Tensor scales_, dropped_;
 };
 
 }  // namespace fastnn
