@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import fastnn
 from fastnn.graph import stretches
 from fastnn.ops import network_training
+from fastnn.testing import using_threads
 
 
 @pytest.fixture(autouse=True)
@@ -853,6 +854,24 @@ def test_a_norm_of_another_size() -> None:
         _, fused = _pair(lambda norm=norm: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), norm, nn.Linear(8, 8)))
         with pytest.raises(RuntimeError):
             fused(torch.randn(3, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("slopes", [1, 5, 33])
+def test_prelu(slopes: int, memory_format: torch.memory_format, threads: int, passes: set[int]) -> None:
+    """Enough pixels that several threads sum the slopes' gradients, and channels that do not fill vectors."""
+    channels = max(slopes, 3)
+    stock, fused = _pair(
+        lambda: nn.Sequential(nn.Conv2d(2, channels, 3), nn.PReLU(slopes, -0.3), nn.Conv2d(channels, 2, 1))
+    )
+    x = torch.randn(2, 2, 37, 41, dtype=torch.float64).to(memory_format=memory_format)
+    with using_threads(threads):
+        _compare(stock, fused, [x], 1e-9)
+        assert len(_networks(fused)) == 1
+        x[0, :, 3:9, 4:8], x[1, :, 5, 5] = torch.nan, torch.inf
+        with torch.no_grad():
+            assert_close(fused(x), stock(x), equal_nan=True)
 
 
 def test_few_stock_layers_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

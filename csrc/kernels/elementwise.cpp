@@ -86,6 +86,15 @@ void sum_rows(const T* from, int64_t rows, int64_t step, int64_t count, T factor
 }
 
 template <class T>
+void prelu(const T* from, const T* slopes, int64_t step, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> x = load_up_to<T>(from + i, count - i), zero = {};
+    const Vec<T> slope = step ? load_up_to<T>(slopes + i, count - i) : broadcast<T>(*slopes);
+    store_up_to<T>(to + i, x > zero ? x : slope * x, count - i);
+  }
+}
+
+template <class T>
 T sum(const T* from, int64_t count) {
   constexpr int64_t together = kLongestSum * kLanes<T>;
   Vec<T> all = {};
@@ -248,6 +257,7 @@ constexpr ElementwiseKernels<T> kernels() {
   return {binary<T>,
           sum_rows<T>,
           where<T>,
+          prelu<T>,
           sum<T>,
           largest<T>,
           average<T>,

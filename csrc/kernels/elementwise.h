@@ -33,6 +33,8 @@ struct ElementwiseKernels {
   void (*sum_rows)(const T* from, int64_t rows, int64_t step, int64_t count, T factor, T* to);
   // to[i] = condition[i * steps[0]] is not 0 ? a[i * steps[1]] : b[i * steps[2]]; each step is 0 or 1.
   void (*where)(const T* condition, const T* a, const T* b, const int64_t* steps, int64_t count, T* to);
+  // to[i] = x where x is above 0, else x * slopes[i * step], with x = from[i]; the step is 0 or 1.
+  void (*prelu)(const T* from, const T* slopes, int64_t step, int64_t count, T* to);
   // The sum of `count` elements.
   T (*sum)(const T* from, int64_t count);
   // Pools windows that lie `step` apart. A window has `count` positions, and each position and result has `channels`

@@ -171,26 +171,24 @@ class PreluLayer : public Layer<T> {
   }
   void run(const LayerCall<T>& call) const override {
     const ValueType& output = call.site.outputs[0];
-    const T *const from = call.input(0), *const weight = call.input(1);
+    const T *const from = call.input(0), *const slopes = call.input(1);
     T* const to = call.output(0);
-    // The elements are rows of `inner` ones that lie together: pixels of all channels, or else planes of one channel.
-    const bool each = call.site.inputs[1].count() > 1, of_pixels = each && output.channels_last();
-    const int64_t channels = each ? output.sizes[1] : 1;
-    const int64_t inner = of_pixels ? channels : each ? product(output.sizes, 2, output.sizes.size()) : output.count();
-    const auto rectify_row = [&](int64_t first, int64_t count, auto weight_of) {
-      for (int64_t i = 0; i < count; ++i) {
-        const T x = from[first + i];
-        to[first + i] = x > 0 ? x : weight_of(i) * x;
-      }
-    };
-    parallel_range(output.count() / std::max<int64_t>(inner, 1), kCopyWork * static_cast<double>(inner),
+    const auto prelu = elementwise_kernels().get<T>().prelu;
+    const int64_t count = output.count();
+    if (call.site.inputs[1].count() == 1) {
+      return parallel_range(count, kCopyWork, [&](int64_t first, int64_t last) {
+        prelu(from + first, slopes, 0, last - first, to + first);
+      });
+    }
+    // The elements are rows that lie together: pixels of all channels, or else planes of one channel.
+    const int64_t channels = output.sizes[1], plane = product(output.sizes, 2, output.sizes.size());
+    const bool of_pixels = output.channels_last() || plane == 1;
+    const int64_t length = of_pixels ? channels : plane;
+    parallel_range(count / std::max<int64_t>(length, 1), kCopyWork * static_cast<double>(length),
                    [&](int64_t first, int64_t last) {
                      for (int64_t row = first; row < last; ++row) {
-                       if (of_pixels) {
-                         rectify_row(row * inner, inner, [&](int64_t i) { return weight[i]; });
-                       } else {
-                         rectify_row(row * inner, inner, [&](int64_t) { return weight[row % channels]; });
-                       }
+                       const T* const slope = of_pixels ? slopes : slopes + row % channels;
+                       prelu(from + row * length, slope, of_pixels, length, to + row * length);
                      }
                    });
   }

@@ -366,11 +366,26 @@ class PreluTraining : public TrainingLayer<T> {
   };
   // The elements are pixels of all channels. Adds the gradients of the slopes to `sums`.
   static void of_pixels(const Elements& all, int64_t count, const T* slopes, std::vector<double>& sums) {
-    const int64_t channels = static_cast<int64_t>(sums.size());
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = i % channels;
-      all.of_input[i] = all.x[i] > 0 ? all.gradient[i] : slopes[c] * all.gradient[i];
-      sums[static_cast<size_t>(c)] += all.x[i] > 0 ? T(0) : all.x[i] * all.gradient[i];
+    constexpr int64_t kPiece = 256;  // pixels that are summed in T
+    const int64_t channels = static_cast<int64_t>(sums.size()), pixels = count / channels;
+    const int64_t pieces = (pixels + kPiece - 1) / kPiece;
+    std::vector<T> of_piece(static_cast<size_t>(pieces * channels));
+    parallel_range(pieces, kActivationWork * static_cast<double>(kPiece * channels), [&](int64_t first, int64_t last) {
+      for (int64_t piece = first; piece < last; ++piece) {
+        T* const piece_sums = of_piece.data() + piece * channels;
+        for (int64_t pixel = piece * kPiece; pixel < std::min(pixels, (piece + 1) * kPiece); ++pixel) {
+          const T *const x = all.x + pixel * channels, *const gradient = all.gradient + pixel * channels;
+          T* const of_input = all.of_input + pixel * channels;
+          for (int64_t c = 0; c < channels; ++c) {
+            const T scaled = slopes[c] * gradient[c], part = x[c] * gradient[c];
+            of_input[c] = x[c] > 0 ? gradient[c] : scaled;
+            piece_sums[c] += x[c] > 0 ? T(0) : part;
+          }
+        }
+      }
+    });
+    for (int64_t i = 0; i < pieces * channels; ++i) {
+      sums[static_cast<size_t>(i % channels)] += of_piece[static_cast<size_t>(i)];
     }
   }
   // The same for planes of one channel each, of `inner` elements.
