@@ -180,7 +180,8 @@ class PreluLayer : public Layer<T> {
         prelu(from + first, slopes, 0, last - first, to + first);
       });
     }
-    // The elements are rows that lie together: pixels of all channels, or else planes of one channel.
+    // The elements are rows that lie together: pixels of all channels, or else planes of one channel. Where a plane is
+    // one element, as behind a linear layer, all channels are the longer row.
     const int64_t channels = output.sizes[1], plane = product(output.sizes, 2, output.sizes.size());
     const bool of_pixels = output.channels_last() || plane == 1;
     const int64_t length = of_pixels ? channels : plane;

@@ -366,7 +366,9 @@ class PreluTraining : public TrainingLayer<T> {
   };
   // The elements are pixels of all channels. Adds the gradients of the slopes to `sums`.
   static void of_pixels(const Elements& all, int64_t count, const T* slopes, std::vector<double>& sums) {
-    constexpr int64_t kPiece = 256;  // pixels that are summed in T
+    // The pixels that are summed in T, which is quick, before the sums are added in double: few, so that rounding
+    // errors stay small, and the pieces do not depend on the number of threads.
+    constexpr int64_t kPiece = 256;
     const int64_t channels = static_cast<int64_t>(sums.size()), pixels = count / channels;
     const int64_t pieces = (pixels + kPiece - 1) / kPiece;
     std::vector<T> of_piece(static_cast<size_t>(pieces * channels));
