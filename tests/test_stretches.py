@@ -440,6 +440,7 @@ _BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "where": lambda x, p: torch.where(x > 1, p, -x),
     "lerp": lambda x, p: torch.lerp(x, p, 0.3),
     "softmax": lambda x, p: F.softmax(x, -1) + F.log_softmax(x, -1) + x.logsumexp(-1, keepdim=True),
+    "softmax of columns": lambda x, p: F.softmax(x, 0) * p + F.log_softmax(x, 0),
     "amax": lambda x, p: x + x.amax(-1, keepdim=True),
     "moments": lambda x, p: x.var(-1, keepdim=True) + x.mean(-1, keepdim=True) * p,
     "norms": lambda x, p: x.norm(dim=-1, keepdim=True) + x.norm(p=1, dim=-1, keepdim=True) + F.normalize(x) + p,
@@ -492,6 +493,26 @@ def test_what_a_layer_reads_again_changes_before_backward(name: str, changes: st
         for model in (fused, stock):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 gradients(model, True)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("columns", [1, 3, 8, 21, 70])
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_softmax(rows: int, columns: int, dim: int) -> None:
+    """Along rows and columns that fill less than a vector and many of them."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(m.a(x))
+        return m.b(F.softmax(9 * y, dim) * F.log_softmax(y, dim))
+
+    stock, fused = _pair(lambda: By(forward, a=nn.Linear(4, columns), b=nn.Linear(columns, 2)))
+    x = torch.randn(3, rows, 4, dtype=torch.float64)
+    results = []
+    for model in (stock, fused):
+        y = model(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    assert_close(results[1], results[0])
+    assert any("softmax" in stretch for stretch in fastnn.explain(fused, x).stretches)
 
 
 def test_an_embedding_of_a_column_twice_differentiated(passes: set[int]) -> None:

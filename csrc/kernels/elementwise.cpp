@@ -10,6 +10,15 @@ namespace fastnn {
 namespace FASTNN_ISA {
 namespace {
 
+// The numbers of a vector's lanes.
+template <class T>
+struct LaneNumbers {
+  T lanes[kLanes<T>];
+  constexpr LaneNumbers() : lanes{} {
+    for (int i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(i);
+  }
+};
+
 template <BinaryKind kind, class T>
 FASTNN_INLINE Vec<T> combine(Vec<T> x, Vec<T> y) {
   if constexpr (kind == BinaryKind::add) return x + y;
@@ -110,10 +119,8 @@ T sum(const T* from, int64_t count) {
 // The first `count` lanes, and `others` in the others.
 template <class T>
 FASTNN_INLINE Vec<T> first_lanes_of(Vec<T> x, int64_t count, T others = 0) {
-  T lanes[kLanes<T>];
-  store(lanes, broadcast<T>(others));
-  store_up_to<T>(lanes, x, count);
-  return load(lanes);
+  constexpr LaneNumbers<T> numbers;
+  return load(numbers.lanes) < static_cast<T>(count) ? x : broadcast<T>(others);
 }
 
 template <class T>
@@ -183,6 +190,58 @@ T softmax(const T* from, T factor, const T* added, int64_t count, bool logarithm
 }
 
 template <class T>
+void softmax_columns(const T* from, int64_t rows, int64_t columns, int64_t step, bool logarithm, T* to) {
+  for (int64_t c = 0; c < columns; c += kLanes<T>) {
+    const int64_t left = columns - c;
+    Vec<T> most = broadcast<T>(-static_cast<T>(__builtin_inf()));
+    for (int64_t r = 0; r < rows; ++r) most = larger_or_nan(load_up_to<T>(from + r * step + c, left), most);
+    Vec<T> total = {};
+    for (int64_t first = 0; first < rows; first += kLongestSum) {
+      const int64_t last = first + kLongestSum < rows ? first + kLongestSum : rows;
+      Vec<T> some = {};
+      for (int64_t r = first; r < last; ++r) {
+        const Vec<T> shifted = load_up_to<T>(from + r * step + c, left) - most, power = exp_of<T>(shifted);
+        store_up_to<T>(to + r * step + c, logarithm ? shifted : power, left);
+        some += power;
+      }
+      total += some;
+    }
+    const Vec<T> rest = logarithm ? log_from_one<T>(total) : T(1) / total;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<T> x = load_up_to<T>(to + r * step + c, left);
+      store_up_to<T>(to + r * step + c, logarithm ? x - rest : x * rest, left);
+    }
+  }
+}
+
+// Rows that fill few vectors are turned into columns, some rows at a time: one vector then holds an element of each of
+// these rows, no lane is empty, and no sum goes across lanes.
+template <class T>
+struct TurnedRows {
+  static constexpr int64_t rows = kLanes<T>, longest = 4 * rows;
+  alignas(64) T columns[longest * rows];
+
+  void load(const T* from, int64_t some, int64_t count) { transpose_matrix(from, count, some, count, columns, rows); }
+  void store(int64_t some, int64_t count, T* to) const { transpose_matrix(columns, rows, count, some, to, count); }
+};
+
+template <class T>
+void softmax_rows(const T* from, int64_t rows, int64_t count, bool logarithm, T* to) {
+  using Turned = TurnedRows<T>;
+  if (count > Turned::longest) {
+    for (int64_t r = 0; r < rows; ++r) softmax<T>(from + r * count, T(1), nullptr, count, logarithm, to + r * count);
+    return;
+  }
+  Turned turned;
+  for (int64_t r = 0; r < rows; r += Turned::rows) {
+    const int64_t some = rows - r < Turned::rows ? rows - r : Turned::rows;
+    turned.load(from + r * count, some, count);
+    softmax_columns(turned.columns, count, some, Turned::rows, logarithm, turned.columns);
+    turned.store(some, count, to + r * count);
+  }
+}
+
+template <class T>
 void softmax_gradient(const T* softmax, const T* gradient, T factor, int64_t count, T* to) {
   Vec<T> sums = {};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
@@ -194,6 +253,55 @@ void softmax_gradient(const T* softmax, const T* gradient, T factor, int64_t cou
     const int64_t left = count - i;
     const Vec<T> difference = load_up_to<T>(gradient + i, left) - sum;
     store_up_to<T>(to + i, load_up_to<T>(softmax + i, left) * difference * factor, left);
+  }
+}
+
+template <class T>
+void softmax_columns_gradient(const T* output, const T* gradient, int64_t rows, int64_t columns, int64_t step,
+                              bool logarithm, T* to) {
+  for (int64_t c = 0; c < columns; c += kLanes<T>) {
+    const int64_t left = columns - c;
+    const auto output_at = [=](int64_t r) { return load_up_to<T>(output + r * step + c, left); };
+    const auto gradient_at = [=](int64_t r) { return load_up_to<T>(gradient + r * step + c, left); };
+    Vec<T> total = {};
+    for (int64_t first = 0; first < rows; first += kLongestSum) {
+      const int64_t last = first + kLongestSum < rows ? first + kLongestSum : rows;
+      Vec<T> some = {};
+      for (int64_t r = first; r < last; ++r) some += logarithm ? gradient_at(r) : gradient_at(r) * output_at(r);
+      total += some;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<T> y = output_at(r), dy = gradient_at(r);
+      store_up_to<T>(to + r * step + c, logarithm ? dy - exp_of<T>(y) * total : (dy - total) * y, left);
+    }
+  }
+}
+
+template <class T>
+void softmax_rows_gradient(const T* output, const T* gradient, int64_t rows, int64_t count, bool logarithm, T* to) {
+  using Turned = TurnedRows<T>;
+  if (count > Turned::longest) {
+    for (int64_t r = 0; r < rows; ++r, output += count, gradient += count, to += count) {
+      if (!logarithm) {
+        softmax_gradient(output, gradient, T(1), count, to);
+        continue;
+      }
+      const T total = sum(gradient, count);
+      for (int64_t i = 0; i < count; i += kLanes<T>) {
+        const Vec<T> y = load_up_to<T>(output + i, count - i), dy = load_up_to<T>(gradient + i, count - i);
+        store_up_to<T>(to + i, dy - exp_of<T>(y) * total, count - i);
+      }
+    }
+    return;
+  }
+  Turned outputs, gradients;
+  for (int64_t r = 0; r < rows; r += Turned::rows) {
+    const int64_t some = rows - r < Turned::rows ? rows - r : Turned::rows;
+    outputs.load(output + r * count, some, count);
+    gradients.load(gradient + r * count, some, count);
+    softmax_columns_gradient(outputs.columns, gradients.columns, count, some, Turned::rows, logarithm,
+                             gradients.columns);
+    gradients.store(some, count, to + r * count);
   }
 }
 
@@ -264,7 +372,11 @@ constexpr ElementwiseKernels<T> kernels() {
           copy_runs<T>,
           add_runs<T>,
           softmax<T>,
+          softmax_rows<T>,
+          softmax_columns<T>,
           softmax_gradient<T>,
+          softmax_rows_gradient<T>,
+          softmax_columns_gradient<T>,
           layer_norm<T>,
           blend<T>,
           transpose_matrix<T, T>};

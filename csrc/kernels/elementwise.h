@@ -52,9 +52,17 @@ struct ElementwiseKernels {
   // Softmax of one row, from * factor + added, or its logarithm. `added` may be null. Returns the row's largest
   // element, which is NaN if any element is; -inf for no elements.
   T (*softmax)(const T* from, T factor, const T* added, int64_t count, bool logarithm, T* to);
+  // Softmax, or its logarithm, of each of `rows` rows of `count` elements, which lie one behind the other.
+  void (*softmax_rows)(const T* from, int64_t rows, int64_t count, bool logarithm, T* to);
+  // The same of each of `columns` columns of `rows` elements, which lie `step` apart, in `from` and in `to`.
+  void (*softmax_columns)(const T* from, int64_t rows, int64_t columns, int64_t step, bool logarithm, T* to);
   // The gradient of softmax's input, times the factor, from the softmax and its gradient: to = factor * softmax *
   // (gradient - sum(softmax * gradient)).
   void (*softmax_gradient)(const T* softmax, const T* gradient, T factor, int64_t count, T* to);
+  // The gradients of the inputs of softmax_rows and softmax_columns, from their outputs and the outputs' gradients.
+  void (*softmax_rows_gradient)(const T* output, const T* gradient, int64_t rows, int64_t count, bool logarithm, T* to);
+  void (*softmax_columns_gradient)(const T* output, const T* gradient, int64_t rows, int64_t columns, int64_t step,
+                                   bool logarithm, T* to);
   // (from - mean) / sqrt(variance + epsilon) * weight + bias of one row. weight and bias (count) may be null.
   void (*layer_norm)(const T* from, const T* weight, const T* bias, int64_t count, double epsilon, T* to);
   // to[i] = x[i] * (1 - part) + y[i] * part

@@ -40,17 +40,6 @@ FASTNN_INLINE Vec<T> gelu_inner(Vec<T> x) {
   return T(0.79788456080286535588) * (x + T(0.044715) * x * x * x);
 }
 
-// log(1 + x) for x from 0 to 1: 2 atanh(s) of s = x / (2 + x), which is at most 1/3, by its series.
-template <class T>
-FASTNN_INLINE Vec<T> log1p_of(Vec<T> x) {
-  constexpr int terms = sizeof(T) == sizeof(double) ? 16 : 7;  // the next one is below half an ulp
-  const Vec<T> s = x / (T(2) + x), square = s * s;
-  Vec<T> sum = broadcast<T>(T(1) / (2 * terms + 1));
-#pragma GCC unroll 16
-  for (int i = terms - 1; i > 0; --i) sum = sum * square + T(1) / (2 * i + 1);
-  return T(2) * (s + s * square * sum);
-}
-
 // exp(x) - 1 for x up to 0, as 2t / (1 - t) with t = tanh(x / 2), which cancels nowhere.
 template <class T>
 FASTNN_INLINE Vec<T> expm1_below_0(Vec<T> x) {

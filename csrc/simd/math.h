@@ -1,5 +1,5 @@
-// Packed exp, tanh and sigmoid, for float and double, on one vector or several in lockstep; and sin and cos on one
-// vector. Include only from csrc/kernels.
+// Packed exp, tanh and sigmoid, for float and double, on one vector or several in lockstep; and sin, cos and some
+// logarithms on one vector. Include only from csrc/kernels.
 //
 // float: at most 4 ULP, over all 2^32 arguments (benchmarks/sweep_math.py). NaN in, NaN out.
 #pragma once
@@ -240,6 +240,31 @@ FASTNN_INLINE Vec<T> sin_of(Vec<T> x, int quarters) {
   const auto quarter = turns.quarters + quarters;
   const Vec<T> value = (quarter & 1) == 0 ? sine : cosine;
   return (quarter & 2) == 0 ? value : -value;
+}
+
+// log(1 + x) for x from 0 to 1: 2 atanh(s) of s = x / (2 + x), which is at most 1/3, by its series.
+template <class T>
+FASTNN_INLINE Vec<T> log1p_of(Vec<T> x) {
+  constexpr int terms = sizeof(T) == sizeof(double) ? 16 : 7;  // the next one is below half an ulp
+  const Vec<T> s = x / (T(2) + x), square = s * s;
+  Vec<T> sum = broadcast<T>(T(1) / (2 * terms + 1));
+#pragma GCC unroll 16
+  for (int i = terms - 1; i > 0; --i) sum = sum * square + T(1) / (2 * i + 1);
+  return T(2) * (s + s * square * sum);
+}
+
+// log(x) for finite x from 1 on: the exponent times log(2), and the mantissa's logarithm. NaN in, NaN out.
+template <class T>
+FASTNN_INLINE Vec<T> log_from_one(Vec<T> x) {
+  using K = ExpConstants<T>;
+  using Integer = typename K::Integer;
+  using Integers = Vec<Integer>;
+  constexpr Integer mantissa = (Integer{1} << K::mantissa_bits) - 1;
+  const Integers bits = (Integers)x;
+  const Vec<T> from_one_to_two = (Vec<T>)((bits & mantissa) | (Integers)broadcast<T>(1));
+  const Vec<T> n = __builtin_convertvector((bits >> K::mantissa_bits) - Integer{K::bias}, Vec<T>);
+  const Vec<T> logarithm = n * K::ln2_high + (n * K::ln2_low + log1p_of<T>(from_one_to_two - T(1)));
+  return x != x ? x : logarithm;
 }
 
 }  // namespace FASTNN_ISA

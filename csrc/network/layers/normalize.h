@@ -54,6 +54,40 @@ class BatchNormLayer : public Layer<T> {
 
 constexpr double kSoftmaxWork = 30;  // floating-point operations an element
 
+// Calls of_rows(first element, rows, elements of a row), or of_columns(first element, elements of a column, columns,
+// step), for parts of a contiguous array whose dimension d is that of a softmax, in parallel.
+template <class OfRows, class OfColumns>
+void for_parts_of_softmax(const Ints& sizes, size_t d, const OfRows& of_rows, const OfColumns& of_columns) {
+  const int64_t count = sizes[d], outer = product(sizes, 0, d), inner = product(sizes, d + 1, sizes.size());
+  const double work = kSoftmaxWork * static_cast<double>(count);
+  if (inner == 1) {
+    return parallel_range(outer, work,
+                          [&](int64_t first, int64_t last) { of_rows(first * count, last - first, count); });
+  }
+  constexpr int64_t some = 256;  // columns of a part
+  const int64_t parts = planner::divide_up(inner, some);
+  parallel_range(outer * parts, work * static_cast<double>(std::min(inner, some)), [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t column = part % parts * some;
+      of_columns(part / parts * count * inner + column, count, std::min(some, inner - column), inner);
+    }
+  });
+}
+
+// Softmax, or its logarithm, along dimension d of a contiguous array.
+template <class T>
+void compute_softmax(const T* from, const Ints& sizes, size_t d, bool logarithm, T* to) {
+  const auto& kernels = elementwise_kernels().get<T>();
+  for_parts_of_softmax(
+      sizes, d,
+      [&](int64_t at, int64_t rows, int64_t count) {
+        kernels.softmax_rows(from + at, rows, count, logarithm, to + at);
+      },
+      [&](int64_t at, int64_t rows, int64_t columns, int64_t step) {
+        kernels.softmax_columns(from + at, rows, columns, step, logarithm, to + at);
+      });
+}
+
 template <class T>
 class SoftmaxLayer : public Layer<T> {
  public:
@@ -68,34 +102,10 @@ class SoftmaxLayer : public Layer<T> {
   }
   void run(const LayerCall<T>& call) const override {
     const Ints& sizes = call.site.sizes(0);
-    const size_t d = dimension_of(line_, dim_, sizes.size()), last = sizes.size() - 1;
-    if (d == last) return run_rows(call.input(0), sizes, call.output(0));
-    // The dimension changes places with the last one, and back.
-    const ValueType& value = call.site.inputs[0];
-    Ints strides = value.strides(), turned = sizes;
-    std::swap(strides[d], strides[last]);
-    std::swap(turned[d], turned[last]);
-    const std::vector<size_t> order = memory_order(sizes.size(), false);
-    const Scratch<T> rows(value.count());
-    const Ints dense = ValueType{turned}.strides();
-    copy_array(call.input(0), strides, rows.get(), dense, turned, order);
-    run_rows(rows.get(), turned, rows.get());
-    Ints back = dense;
-    std::swap(back[d], back[last]);
-    copy_array<T>(rows.get(), back, call.output(0), value.strides(), sizes, order);
+    compute_softmax(call.input(0), sizes, dimension_of(line_, dim_, sizes.size()), logarithm_, call.output(0));
   }
 
  private:
-  void run_rows(const T* from, const Ints& sizes, T* to) const {
-    const auto& kernels = elementwise_kernels().get<T>();
-    const int64_t count = sizes.back(), rows = product(sizes, 0, sizes.size() - 1);
-    parallel_range(rows, kSoftmaxWork * static_cast<double>(count), [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        kernels.softmax(from + row * count, T(1), nullptr, count, logarithm_, to + row * count);
-      }
-    });
-  }
-
   ProgramLine line_;
   int64_t dim_;
   bool logarithm_;

@@ -1,5 +1,6 @@
-// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward, but for the
-// max-pool of contiguous images, which torch computes pixel by pixel.
+// Pools, means, upsampling, softmax and norms of rows in training: torch's own, forward and backward, but for softmax,
+// of which torch takes one short row after another, and for the max-pool of contiguous images, which torch computes
+// pixel by pixel.
 #pragma once
 
 #include "../../kernels/max_pool.h"
@@ -154,16 +155,39 @@ class SoftmaxTraining : public UnaryTraining<T> {
   explicit SoftmaxTraining(const ProgramLine& line)
       : UnaryTraining<T>(line), dim_(line.integer("dim", -16, 15)), logarithm_(line.flag("logarithm")) {}
   void forward(Tensor* outputs) override {
-    outputs[0] = stock(logarithm_ ? "aten::_log_softmax" : "aten::_softmax", "", this->input(), dim_, false);
+    const Tensor input = dense(this->input());
+    outputs[0] = new_tensor(sizes_of(input), kDtypeOf<T>);
+    const Ints sizes = with_dimensions(input);
+    compute_softmax(data<T>(input), sizes, wrapped(sizes), logarithm_, mutable_data<T>(outputs[0]));
     output_ = outputs[0].borrow();
   }
   Tensor gradient_of(const Tensor& gradient) override {
-    return stock(logarithm_ ? "aten::_log_softmax_backward_data" : "aten::_softmax_backward_data", "", gradient,
-                 output_, dim_, kDtypeOf<T>);
+    const Tensor given = dense(gradient);
+    Tensor result = new_tensor(sizes_of(output_), kDtypeOf<T>);
+    const Ints sizes = with_dimensions(output_);
+    const auto& kernels = elementwise_kernels().get<T>();
+    const T *const output = data<T>(output_), *const from = data<T>(given);
+    T* const to = mutable_data<T>(result);
+    for_parts_of_softmax(
+        sizes, wrapped(sizes),
+        [&](int64_t at, int64_t rows, int64_t count) {
+          kernels.softmax_rows_gradient(output + at, from + at, rows, count, logarithm_, to + at);
+        },
+        [&](int64_t at, int64_t rows, int64_t columns, int64_t step) {
+          kernels.softmax_columns_gradient(output + at, from + at, rows, columns, step, logarithm_, to + at);
+        });
+    return result;
   }
   void forget() override { output_ = Tensor(); }
 
  private:
+  // A tensor's sizes. One without dimensions is one element of one dimension, as torch takes it.
+  static Ints with_dimensions(const Tensor& tensor) {
+    const Ints sizes = sizes_of(tensor);
+    return sizes.empty() ? Ints{1} : sizes;
+  }
+  size_t wrapped(const Ints& sizes) const { return static_cast<size_t>(wrap_dim(dim_, sizes.size())); }
+
   int64_t dim_;
   bool logarithm_;
   Tensor output_;
