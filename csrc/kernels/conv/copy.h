@@ -212,24 +212,33 @@ FASTNN_SHARED void finish_rows(const ConvCall<T>& call, int64_t at, int64_t chan
   });
 }
 
+// Writes `count` pixels of `channels` channels, [pixel][pitch], to the output, which has channels last, from `at` on:
+// kept between the bounds, and finished.
+template <class T, class C>
+FASTNN_SHARED void write_finished(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, const C* from,
+                                  int64_t pitch, const Bounds<C>& bounds) {
+  const Vec<C> least = broadcast<C>(bounds.least), most = broadcast<C>(bounds.most);
+  with_activation<C>(call.finishes() ? call.activation : kIdentity, [&](auto function) {
+    for (int64_t x = 0; x < count; ++x) {
+      const C* const pixel = from + x * pitch;
+      const int64_t place = at + x * call.output_layout.d[2];
+      for (int64_t c = 0; c < channels; c += kLanes<C>) {
+        const int64_t left = channels - c;
+        Vec<C> sums = smaller_of(most, larger_of(least, load(pixel + c)));  // the pitch is whole vectors
+        if (call.addend) sums += load_up_to<T>(call.addend + place + c, left);
+        store_up_to<T>(call.output + place + c, function(sums), left);
+      }
+    }
+  });
+}
+
 // Writes `channels` channels of `count` pooled pixels, [pixel][pitch], to the output from `at` on. bounds: what the
 // pixels must still be kept between, or null.
 template <class T, class C>
 void write_pixels(const ConvCall<T>& call, int64_t at, int64_t channels, int64_t count, C* from, const uint8_t* winners,
                   int64_t pitch, const Bounds<C>* bounds) {
   const ConvLayout& layout = call.output_layout;
-  if (layout.d[2] != 1 && bounds) {
-    const Vec<C> least = broadcast<C>(bounds->least), most = broadcast<C>(bounds->most);
-    for (int64_t x = 0; x < count; ++x) {
-      const C* const pixel = from + x * pitch;
-      T* const to = call.output + at + x * layout.d[2];
-      for (int64_t c = 0; c < channels; c += kLanes<C>) {
-        const Vec<C> sums = load(pixel + c);  // the pitch is whole vectors
-        store_up_to<T>(to + c, smaller_of(most, larger_of(least, sums)), channels - c);
-      }
-    }
-    return finish_rows(call, at, channels, count);
-  }
+  if (layout.d[2] != 1 && bounds) return write_finished(call, at, channels, count, from, pitch, *bounds);
   if (bounds && call.bounds_sums()) {
     const C* const place = from;
     pool_windows<C>({&place, 1, pitch, pitch, count, pitch / kLanes<C>, *bounds}, from, nullptr);
